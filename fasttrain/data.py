@@ -1,0 +1,195 @@
+"""Order, length, position and speed of any loader: the batches plain iteration gives, whatever road they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data.dataloader import default_collate
+
+from fasttrain.cadence import limited
+from fasttrain.errors import DataError, reject
+
+BLOCK_BYTES = 1 << 21  # rows gathered at once on the fast road: stays in the second-level cache
+BLOCK_BATCHES = 128
+
+
+class Source:
+    """One loader of one stage: how many batches, and a fresh pass over them."""
+
+    def __init__(self, loader: Any, *, name: str, limit: int | float, limit_name: str) -> None:
+        self.loader, self.name = loader, name
+        check_loader(loader, name)
+        self.total = length_of(loader)
+        if self.total == 0:
+            raise DataError(reject(name, "an empty loader", "at least one batch", "Look at the dataset's length, batch_size and drop_last."))
+        self.batches = limited(limit_name, self.total, limit)
+        self.workers = int(getattr(loader, "num_workers", 0) or 0)
+        self._fast = in_memory_tensors(loader)
+
+    @property
+    def road(self) -> str:
+        """"tensors" when rows are gathered straight from memory, else "loader"."""
+        return "tensors" if self._fast else "loader"
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell every sampler that wants to know."""
+        for part in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None),
+                     getattr(getattr(self.loader, "batch_sampler", None), "sampler", None), getattr(self.loader, "dataset", None)):  # fmt: skip
+            if callable(getattr(part, "set_epoch", None)):
+                part.set_epoch(epoch)
+
+    def one_pass(self, skip: int = 0) -> Iterator[Any]:
+        """One epoch's batches, in plain iteration's order under the same torch seed, from batch ``skip`` on.
+
+        All that skipping draws from the random streams is drawn before this returns.
+        """
+        if self._fast is not None:
+            return _gathered(self.loader, self._fast, skip)
+        iterator = iter(self.loader)
+        for _ in range(skip):
+            if next(iterator, _END) is _END:
+                break
+        return self._guarded(iterator)
+
+    def _guarded(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
+                    raise DataError(f"{self.name}: a loader worker died ({error}). Out of memory is the usual cause: "
+                                    "lower num_workers or the batch size, or try num_workers=0 to see the error.") from error  # fmt: skip
+                raise
+            yield batch
+
+
+_END = object()
+
+
+class Lookahead:
+    """An iterator that knows whether the batch it just gave was the last; reads ahead only where no length tells."""
+
+    def __init__(self, batches: Iterator[Any], limit: float, total: float, start: int = 0) -> None:
+        self._batches, self._limit, self._total = batches, limit, total
+        self._known = known = total != math.inf
+        self.given = start
+        self._next = _END if known or start >= limit else next(batches, _END)
+
+    def __call__(self) -> Any:
+        """The next batch, or ``END``."""
+        if self.given >= self._limit:
+            if self._limit == self._total:
+                next(self._batches, _END)  # a plain loop exhausts its iterator too: workers end, generators advance
+            return END
+        batch = next(self._batches, _END) if self._known else self._next
+        if batch is _END:
+            return END
+        self.given += 1
+        if not self._known:
+            self._next = next(self._batches, _END) if self.given < self._limit else _END
+        return batch
+
+    @property
+    def last(self) -> bool:
+        return self.given >= self._limit or (not self._known and self._next is _END)
+
+
+END: Any = _END
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Raise DataError for what is not an iterable of batches, a dataset above all."""
+    if isinstance(loader, Dataset):
+        raise DataError(reject(name, f"a dataset ({type(loader).__name__})", "an iterable of batches",
+                               f"Wrap it: torch.utils.data.DataLoader({name.split('_')[0]}_set, batch_size=32)."))  # fmt: skip
+    if isinstance(loader, (str, bytes, Tensor, dict)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise DataError(reject(name, type(loader).__name__, "a DataLoader or another iterable of batches",
+                               "For tensors: DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)."))  # fmt: skip
+    if isinstance(loader, Iterator):
+        raise DataError(reject(name, f"a one-time iterator ({type(loader).__name__})", "something each epoch can iterate again",
+                               "Give the DataLoader itself, or a list of batches."))  # fmt: skip
+
+
+def length_of(loader: Any) -> float:
+    """Batches in one pass, ``inf`` when the loader cannot say."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError, AttributeError):
+        return math.inf
+
+
+def as_sources(loaders: Any, *, name: str, limit: int | float, limit_name: str) -> list[Source]:
+    """Sources of one loader or of a list of loaders; empty when there is none or the limit is 0."""
+    if loaders is None or limit == 0:
+        return []
+    many = isinstance(loaders, (list, tuple)) and any(isinstance(x, DataLoader) or hasattr(x, "dataset") for x in loaders)
+    each = list(loaders) if many else [loaders]
+    return [Source(x, name=name if len(each) == 1 else f"{name}[{i}]", limit=limit, limit_name=limit_name) for i, x in enumerate(each)]
+
+
+def in_memory_tensors(loader: Any) -> tuple[list[Tensor], Tensor | None] | None:
+    """The tensors behind a plain DataLoader over a TensorDataset (and a Subset's rows), or None when anything is custom."""
+    if type(loader) is not DataLoader or loader.num_workers or loader.pin_memory or loader.collate_fn is not default_collate:
+        return None
+    if type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) not in (SequentialSampler, RandomSampler):
+        return None
+    if isinstance(loader.sampler, RandomSampler) and (loader.sampler.replacement or loader.sampler._num_samples is not None):
+        return None
+    dataset, rows = loader.dataset, None
+    while type(dataset) is Subset:
+        indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
+        rows = indices if rows is None else indices[rows]
+        dataset = dataset.dataset
+    if type(dataset) is not TensorDataset or loader.sampler.data_source is not loader.dataset:
+        return None
+    plain = all(t.device.type == "cpu" and t.layout == torch.strided and not t.requires_grad and type(t) is Tensor for t in dataset.tensors)
+    return (list(dataset.tensors), rows) if plain and dataset.tensors else None
+
+
+def _gathered(loader: Any, fast: tuple[Sequence[Tensor], Tensor | None], skip: int) -> Iterator[list[Tensor]]:
+    """Rows gathered a block of batches at a time; draws from the random streams exactly as the loader would."""
+    tensors, rows = fast
+    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the workers' base seed, drawn by iter(loader)
+    order = _order(loader.sampler, len(loader.dataset))
+    if rows is not None:
+        order = rows if order is None else rows[order]
+    return _blocks(loader, tensors, order, skip)
+
+
+def _blocks(loader: Any, tensors: Sequence[Tensor], order: Tensor | None, skip: int) -> Iterator[list[Tensor]]:
+    size, n = loader.batch_size, len(loader.dataset)
+    end = n - n % size if loader.drop_last else n
+    row_bytes = max(1, sum(t[0].numel() * t.element_size() for t in tensors))
+    block = size * max(1, min(BLOCK_BATCHES, BLOCK_BYTES // (row_bytes * size)))
+    take = _taker(order)
+    for start in range(skip * size, end, block):
+        stop = min(start + block, end)
+        parts = [take(t, start, stop).split(size) for t in tensors]
+        for batch in zip(*parts, strict=True):
+            yield list(batch)
+    if getattr(loader.sampler, "generator", None) is not None:
+        torch.randperm(n, generator=loader.sampler.generator)  # RandomSampler draws an empty tail when it is exhausted
+
+
+def _order(sampler: Any, n: int) -> Tensor | None:
+    """The epoch's order as the sampler draws it: seed from the global stream, permutation from a generator of its own."""
+    if isinstance(sampler, SequentialSampler):
+        return None
+    generator = sampler.generator
+    if generator is None:
+        generator = torch.Generator()
+        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    return torch.randperm(n, generator=generator)
+
+
+def _taker(order: Tensor | None) -> Callable[[Tensor, int, int], Tensor]:
+    if order is None:
+        return lambda t, start, stop: t[start:stop].clone(memory_format=torch.contiguous_format)
+    return lambda t, start, stop: t.index_select(0, order[start:stop])

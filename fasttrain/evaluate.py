@@ -1,0 +1,146 @@
+"""Validation, test and predict: one pass over each loader without gradients, modes put back one by one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fasttrain.data import END, Lookahead, Source
+from fasttrain.graphs.contract import batch_size_of
+from fasttrain.graphs.program import forward, keys_and_values
+from fasttrain.results import MetricView
+from fasttrain.run import Run
+from fasttrain.state import rng_state, set_rng_state
+
+HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
+
+
+def sanity_check(run: Run) -> None:
+    """A few validation batches before training, thrown away: finds a broken validation_step now, not in an hour."""
+    facade, steps = run.facade, run.options.num_sanity_val_steps
+    streams = rng_state()
+    facade.sanity_checking = True
+    run.fire("on_sanity_check_start")
+    evaluate(run, run.val, "validate", at_most=None if steps == -1 else steps)
+    run.fire("on_sanity_check_end")
+    facade.sanity_checking = False
+    set_rng_state(streams)
+
+
+def evaluate(run: Run, sources: Sequence[Source], stage: str, *, at_most: int | None = None) -> MetricView:
+    """Run ``stage`` over every loader; returns the epoch's metrics, which the facade keeps too."""
+    facade, hook, started = run.facade, HOOK[stage], time.perf_counter()
+    before, was_ended, was_step = facade.state.stage, facade.epoch_ended, facade.log_on_step
+    facade.state.stage, facade.epoch_ended, facade.log_on_step = stage, False, False
+    facade.eval_store.reset()
+    with _eval_mode(run, stage), _without_gradients(run):
+        run.fire(f"on_{hook}_start")
+        run.fire(f"on_{hook}_epoch_start")
+        kept = [list(_pass(run, s, stage, i, len(sources), at_most)) for i, s in enumerate(sources)]
+        if f"{hook}_epoch_end" in run.trainable.hooks:
+            run.trainable.call(f"{hook}_epoch_end", kept[0] if len(kept) == 1 else kept)
+        facade.epoch_ended = True
+        run.fire(f"on_{hook}_epoch_end")
+        view = facade.eval_store.at_epoch_end()
+        facade.eval_store.reset()
+        if not facade.sanity_checking:
+            facade.keep(view)
+            facade.send(view.logged, facade.progress.stepping_batches)
+        run.fire(f"on_{hook}_end")
+    facade.state.stage, facade.epoch_ended, facade.log_on_step = before, was_ended, was_step
+    run.ledger.validate_s += time.perf_counter() - started
+    return view
+
+
+def predict(run: Run, sources: Sequence[Source]) -> list[Any]:
+    """Every batch's prediction, in order; a list per loader when there are several."""
+    facade = run.facade
+    facade.state.stage = "predict"
+    with _eval_mode(run, "predict"), _without_gradients(run):
+        run.fire("on_predict_start")
+        run.fire("on_predict_epoch_start")
+        outputs = [list(_pass(run, s, "predict", i, len(sources), None)) for i, s in enumerate(sources)]
+        run.fire("on_predict_epoch_end")
+        run.fire("on_predict_end")
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most: int | None) -> Iterator[Any]:
+    """One loader's batches; yields what the step returned where somebody wants it."""
+    facade, trainable, display = run.facade, run.trainable, run.display
+    hook, suffix = HOOK[stage], f"/dataloader_idx_{index}" if count > 1 else ""
+    limit = source.batches if at_most is None else min(at_most, source.batches)
+    transfer, eval_step = run.transfer(index), _step_of(run, stage, suffix)
+    starts, ends = run.live(f"on_{hook}_batch_start"), run.live(f"on_{hook}_batch_end")
+    keep = stage == "predict" or f"{hook}_epoch_end" in trainable.hooks
+    ahead = Lookahead(source.one_pass(), limit, source.total)
+    trainable.sink.on_step_default, trainable.sink.on_epoch_default = False, True
+    shown = "sanity" if facade.sanity_checking else stage
+    batch_idx = -1
+    while (batch := ahead()) is not END:
+        batch_idx += 1
+        if batch is None:
+            continue
+        if transfer is not None:
+            batch = transfer(batch)
+        if starts:
+            run.fire(f"on_{hook}_batch_start", batch, batch_idx, index)
+        output, keys, values, size = eval_step(batch, batch_idx, index)
+        if f"{hook}_step_end" in trainable.hooks:
+            output = trainable.call(f"{hook}_step_end", output)
+        if keys:
+            facade.eval_store.append(keys, values, size)
+        if ends:
+            run.fire(f"on_{hook}_batch_end", output, batch, batch_idx, index)
+        if keep:
+            yield output
+        now = time.perf_counter()
+        if now >= display.due:
+            display.evaluate(facade, shown, batch_idx + 1, limit, now)
+    trainable.sink.on_step_default, trainable.sink.on_epoch_default = True, False
+
+
+def _step_of(run: Run, stage: str, suffix: str) -> Callable[[Any, int, int], tuple[Any, Any, Any, int]]:
+    trainable, spec = run.trainable, run.spec
+    compiled = run.eval_steps.get(stage)
+    if compiled is not None and not suffix:
+        return compiled  # type: ignore[no-any-return]
+    last: list[Any] = [()]
+
+    def eager(batch: Any, batch_idx: int, index: int) -> tuple[Any, Any, Any, int]:
+        output, items = forward(trainable, spec, stage, batch, batch_idx, index)
+        keys, values = keys_and_values(items, suffix)
+        if keys != last[0]:
+            last[0] = keys
+        return output, last[0], values, batch_size_of(batch)
+
+    return eager
+
+
+@contextmanager
+def _eval_mode(run: Run, stage: str) -> Iterator[None]:
+    module, hooks = run.trainable.module, run.trainable.hooks
+    modes = [(m, m.training) for m in module.modules()]
+    if stage == "validate" and "on_validation_model_eval" in hooks:
+        run.trainable.call("on_validation_model_eval")
+    else:
+        module.eval()
+    try:
+        yield
+    finally:
+        if stage == "validate" and "on_validation_model_train" in hooks:
+            run.trainable.call("on_validation_model_train")
+        else:
+            for m, training in modes:
+                m.training = training
+
+
+@contextmanager
+def _without_gradients(run: Run) -> Iterator[None]:
+    alone = run.facade.state.fn != "fit" and run.options.inference_mode
+    with torch.inference_mode() if alone else torch.no_grad():
+        yield

@@ -1,0 +1,265 @@
+"""Picks the rung, checks it, and is the only place that changes a global setting of torch."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import CaptureError, DataError, FasttrainError
+from fasttrain.graphs import decisions
+from fasttrain.graphs.compile import CompileStep
+from fasttrain.graphs.contract import describe
+from fasttrain.graphs.eager import EagerStep, Fire
+from fasttrain.graphs.explain import hook_obstacles, obstacle_from
+from fasttrain.graphs.program import StepOutput, StepSpec, check_loss, forward
+from fasttrain.graphs.tail import LossScale, tail_obstacle, trainable_params
+from fasttrain.module import IN_STEP_HOOKS, Trainable
+from fasttrain.options import Options
+from fasttrain.results import CaptureReport, Obstacle
+from fasttrain.state import Snapshot
+
+SAVING = 0.3  # the least share of an eager step that compiling is expected to save when nothing was measured yet
+
+
+class Step(Protocol):
+    """One optimizer step in two calls; what every rung offers."""
+
+    rung: str
+    takes_closure: bool
+    epoch: int
+
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput: ...
+
+    def update_step(self, rescale: float) -> bool: ...
+
+    def refresh(self) -> None: ...
+
+    def gradients(self) -> dict[str, Tensor]: ...
+
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(kw_only=True)
+class StepMaker:
+    """Everything a rung is made of."""
+
+    trainable: Trainable
+    spec: StepSpec
+    optimizer: torch.optim.Optimizer
+    options: Options
+    scaler: LossScale | None
+    fire: Fire
+    live: frozenset[str]  # in-step hooks somebody overrides
+    say: Callable[[str], None]
+    workers: int = 0  # loader processes that want a core
+
+    def eager(self) -> EagerStep:
+        params = trainable_params(self.optimizer)
+        return EagerStep(self.trainable, self.spec, self.optimizer, params, self.options, self.scaler, self.fire, self.live)
+
+    def compiled(self, *, cpp_wrapper: bool) -> CompileStep:
+        return CompileStep(self.trainable, self.spec, self.optimizer, self.options, self.scaler, cpp_wrapper=cpp_wrapper)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.trainable.module, [self.optimizer])
+
+
+def dry_look(maker: StepMaker, batch: Any) -> None:
+    """Run the first batch forward once, say what is wrong with it before anything is compiled, put everything back.
+
+    Raises ModuleError for a wrong loss, DataError when the module cannot take the batch.
+    """
+    module = maker.trainable.module
+    before = maker.snapshot()
+    try:
+        output, _ = forward(maker.trainable, maker.spec, "train", batch, 0)
+        if output is not None:
+            check_loss(output, type(module).__name__, finite=maker.options.nonfinite != "ignore")
+    except FasttrainError:
+        raise
+    except Exception as error:
+        raise DataError(f"{type(module).__name__}.training_step could not take the first batch:\n{describe(batch)}\n"
+                        f"Make the loader's batches what the step unpacks. Its own error: {type(error).__name__}: {error}") from error  # fmt: skip
+    finally:
+        before.restore()
+
+
+def capture_step(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[Step, CaptureReport]:
+    """The highest rung that works and pays, with the report that says which and why.
+
+    Raises CaptureError when a rung was named and cannot be had.
+    """
+    wanted = maker.options.capture
+    report = CaptureReport(tail=_tail_name(maker), threads=torch.get_num_threads())
+    report.obstacles = obstacles_of(maker)
+    if wanted == "graph":
+        raise CaptureError("capture='graph' needs a CUDA device; this run is on "
+                           f"{maker.spec.device.type}. Use capture='auto' or 'compile'.")  # fmt: skip
+    if wanted == "eager":
+        return _eager(maker, report, "asked for")
+    if report.obstacles:
+        if wanted == "compile":
+            raise CaptureError("capture='compile' cannot be had:\n" + "\n".join(f"  - {o}" for o in report.obstacles))
+        return _eager(maker, report, str(report.obstacles[0]))
+    if wanted == "compile":
+        return _compile(maker, report, batch, "asked for")
+    return _auto(maker, report, batch, remaining_steps)
+
+
+def obstacles_of(maker: StepMaker) -> list[Obstacle]:
+    """What is known to stand in the way before anything is traced."""
+    found = hook_obstacles(maker.trainable.module, sorted(maker.live | (maker.trainable.hooks & set(IN_STEP_HOOKS))))
+    if isinstance(maker.optimizer, torch.optim.LBFGS):
+        found.append(Obstacle("LBFGS asks for the loss again through a closure"))
+    if maker.options.detect_anomaly:
+        found.append(Obstacle("detect_anomaly follows autograd op by op"))
+    return found
+
+
+def _tail_name(maker: StepMaker) -> str:
+    why_not = tail_obstacle(maker.optimizer, trainable_params(maker.optimizer))
+    return "fused native" if why_not is None else f"torch ({why_not})"
+
+
+def _eager(maker: StepMaker, report: CaptureReport, why: str) -> tuple[Step, CaptureReport]:
+    report.rung, report.why, report.tail = "eager", why, "torch"
+    report.threads = torch.get_num_threads()
+    return maker.eager(), report
+
+
+def _compile(maker: StepMaker, report: CaptureReport, batch: Any, why: str, *, cpp_wrapper: bool = False) -> tuple[Step, CaptureReport]:
+    """Trace now, on a snapshot, so that a failure costs nothing but time."""
+    step = maker.compiled(cpp_wrapper=cpp_wrapper)
+    maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
+    before = maker.snapshot()
+    error: Exception | None = None
+    try:
+        step.micro_step(batch, 0, first=True, last=True, divisor=1)
+    except Exception as caught:
+        error = caught
+    before.restore()
+    maker.trainable.sink.items = None
+    if error is not None:
+        report.obstacles.append(obstacle_from(error))
+        if maker.options.capture == "compile":
+            raise CaptureError(f"capture='compile' cannot be had: {report.obstacles[-1]}") from error
+        return _eager(maker, report, f"it cannot be traced whole: {report.obstacles[-1]}")
+    maker.say(f"compiled in {step.compile_s:.1f} s")
+    step.refresh()
+    report.rung, report.whole, report.pieces, report.why = "compile", True, 1, why
+    report.compile_s, report.traces, report.threads = step.compile_s, step.traces, torch.get_num_threads()
+    return step, report
+
+
+def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float) -> tuple[Step, CaptureReport]:
+    if maker.options.deterministic:
+        return _compile(maker, report, batch, "deterministic: nothing is measured")
+    key = decisions.key_for(maker.trainable.module, maker.optimizer, batch, maker.options)
+    known = decisions.recall(key)
+    if known is not None and "compile_us" in known:
+        torch.set_num_threads(known["threads"])
+        report.timings_us = {"eager": known["eager_us"], "compile": known["compile_us"]}
+        gain = (known["eager_us"] - known["compile_us"]) * 1e-6 * remaining
+        if known["rung"] == "eager" or gain < known["warm_compile_s"]:
+            return _eager(maker, report, "measured before on this machine")
+        return _compile(maker, report, batch, "measured before on this machine", cpp_wrapper=known["cpp_wrapper"])
+    eager_s, threads = _time_eager(maker, batch)
+    torch.set_num_threads(threads)
+    report.timings_us = {"eager": eager_s * 1e6}
+    tensors = len(trainable_params(maker.optimizer))
+    cost = 8.0 + 0.08 * tensors
+    if remaining * eager_s * SAVING < cost:
+        return _eager(maker, report, f"{_count(remaining)} steps left cannot pay for compiling (about {cost:.0f} s)")
+    cpp_wrapper = remaining * eager_s * 0.1 > cost and eager_s < 0.02
+    step, report = _compile(maker, report, batch, "", cpp_wrapper=cpp_wrapper)
+    if step.rung == "eager":
+        return step, report
+    report.timings_us["compile"] = _time(maker, step, batch) * 1e6
+    wins = report.timings_us["compile"] < report.timings_us["eager"]
+    decisions.remember(key, {
+        "rung": "compile" if wins else "eager", "threads": threads, "cpp_wrapper": cpp_wrapper, "warm_compile_s": 3.0,
+        "eager_us": report.timings_us["eager"], "compile_us": report.timings_us["compile"],
+    })  # fmt: skip
+    if not wins:
+        return _eager(maker, report, "measured: eager is quicker here")
+    step.refresh()
+    report.why = f"measured: {report.timings_us['eager'] / report.timings_us['compile']:.1f}x quicker than eager"
+    return step, report
+
+
+def _count(remaining: float) -> str:
+    return "no end of" if remaining == float("inf") else f"{remaining:.0f}"
+
+
+def _time_eager(maker: StepMaker, batch: Any) -> tuple[float, int]:
+    """Seconds of an eager step and the thread count it is best with: one, or as many as there are free cores."""
+    most = max(1, torch.get_num_threads() - maker.workers)
+    best: tuple[float, int] | None = None
+    with _threads():
+        for threads in sorted({1, most}):
+            torch.set_num_threads(threads)
+            seconds = _time(maker, maker.eager(), batch)
+            # Eager work hides what waiting for a second thread costs a compiled step: two must win clearly.
+            if best is None or seconds < 0.8 * best[0]:
+                best = (seconds, threads)
+    assert best is not None
+    return best
+
+
+@contextmanager
+def settings(options: Options) -> Any:
+    """Torch's global settings for one run: seed, determinism, anomaly mode; threads are put back after."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    if options.seed is not None:
+        seed_everything(options.seed)
+    if options.deterministic:
+        torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.set_detect_anomaly(True) if options.detect_anomaly else nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def seed_everything(seed: int) -> int:
+    """Seed python, numpy if it was imported, torch, and through torch the loader workers. Returns the seed."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return seed
+
+
+@contextmanager
+def _threads() -> Any:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> float:
+    """Least seconds of a whole step over a few, from a snapshot that is put back."""
+    before = maker.snapshot()
+    best, end = float("inf"), time.perf_counter() + budget_s
+    for i in range(20):
+        started = time.perf_counter()
+        step.micro_step(batch, i, first=True, last=True, divisor=1)
+        if not step.takes_closure:
+            step.update_step(1.0)
+        now = time.perf_counter()
+        best = min(best, now - started) if i else best
+        if now > end and i >= 2:
+            break
+    before.restore()
+    return best

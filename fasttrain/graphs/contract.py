@@ -1,0 +1,102 @@
+"""Shapes and dtypes a capture was made for, and the sentence when a batch differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+Leaf = tuple[tuple[int, ...], tuple[int, ...], Any, bool]  # shape, stride, dtype, requires_grad
+Key = tuple[Any, ...]
+
+
+def tensors_of(batch: Any) -> list[Tensor] | None:
+    """The batch's tensors in a fixed order; None when it holds anything but tensors, None and plain containers."""
+    found: list[Tensor] = []
+    return found if _walk(batch, found) else None
+
+
+def _walk(node: Any, found: list[Tensor]) -> bool:
+    if isinstance(node, Tensor):
+        found.append(node)
+        return True
+    if node is None:
+        return True
+    if isinstance(node, Mapping):
+        return all(_walk(v, found) for v in node.values())
+    if isinstance(node, (list, tuple)):
+        return all(_walk(v, found) for v in node)
+    if is_dataclass(node):
+        return all(_walk(getattr(node, f.name), found) for f in fields(node))
+    return False
+
+
+def reader_for(batch: Any) -> Callable[[Any], Any]:
+    """The cheapest function that gives ``tensors_of`` for batches built like this one."""
+    if isinstance(batch, Tensor):
+        return lambda b: (b,)
+    if type(batch) in (list, tuple) and all(isinstance(t, Tensor) for t in batch):
+        return _itself
+    if type(batch) is dict and all(isinstance(t, Tensor) for t in batch.values()):
+        return dict.values
+    return tensors_of
+
+
+def _itself(batch: Any) -> Any:
+    return batch
+
+
+def structure(batch: Any) -> Key:
+    """The containers, keys and non-tensor leaves of a batch, hashable."""
+    if isinstance(batch, Tensor):
+        return ("T",)
+    if isinstance(batch, Mapping):
+        return (type(batch), *((k, structure(v)) for k, v in batch.items()))
+    if isinstance(batch, (list, tuple)):
+        return (type(batch), *(structure(v) for v in batch))
+    if is_dataclass(batch):
+        return (type(batch), *(structure(getattr(batch, f.name)) for f in fields(batch)))
+    return (type(batch),)
+
+
+def leaf(t: Tensor) -> Leaf:
+    return (tuple(t.shape), t.stride(), t.dtype, t.requires_grad)
+
+
+def key_of(batch: Any) -> Key:
+    """What must stay the same for a capture to be replayed on this batch."""
+    tensors: list[Tensor] = []
+    _walk(batch, tensors)
+    return (structure(batch), *(leaf(t) for t in tensors))
+
+
+def batch_size_of(batch: Any) -> int:
+    """Dim 0 of the first tensor with one, as Lightning weighs a batch; 1 when there is none."""
+    tensors: list[Tensor] = []
+    _walk(batch, tensors)
+    return next((t.shape[0] for t in tensors if t.dim() > 0), 1)
+
+
+def describe(batch: Any, indent: str = "  ") -> str:
+    """Shapes and types of a batch, a line a leaf, for error messages."""
+    lines: list[str] = []
+    _describe(batch, "batch", lines)
+    return "\n".join(indent + line for line in lines[:40])
+
+
+def _describe(node: Any, path: str, lines: list[str]) -> None:
+    if isinstance(node, Tensor):
+        lines.append(f"{path}: {str(node.dtype).removeprefix('torch.')}{list(node.shape)}")
+    elif isinstance(node, Mapping):
+        for k, v in node.items():
+            _describe(v, f"{path}[{k!r}]", lines)
+    elif isinstance(node, (list, tuple)):
+        for i, v in enumerate(node):
+            _describe(v, f"{path}[{i}]", lines)
+    elif is_dataclass(node):
+        for f in fields(node):
+            _describe(getattr(node, f.name), f"{path}.{f.name}", lines)
+    else:
+        lines.append(f"{path}: {type(node).__name__}")

@@ -1,0 +1,56 @@
+"""What measuring decided on this machine, kept beside torch's own compile cache so that the next run decides the same."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasttrain.graphs.contract import key_of
+from fasttrain.options import Options
+
+
+def key_for(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, options: Options) -> str:
+    """A digest of the module's source and shapes, the batch's contract, the step's options, the machine and the versions."""
+    try:
+        source = inspect.getsource(type(module))
+    except (OSError, TypeError):
+        source = type(module).__qualname__
+    shapes = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()]
+    parts = (source, str(module), shapes, type(optimizer).__qualname__, key_of(batch), options.precision, options.gradient_clip_val,
+             dict(options.accumulate_grad_batches), torch.__version__, platform.processor(), os.cpu_count(), torch.get_num_threads())  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def recall(key: str) -> dict[str, Any] | None:
+    """What was decided for this key, or None."""
+    try:
+        found = json.loads((_folder() / f"{key}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def remember(key: str, decision: dict[str, Any]) -> None:
+    """Keep a decision; a cache that cannot be written is only a slower next start."""
+    try:
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{key}.{os.getpid()}.part"
+        part.write_text(json.dumps(decision))
+        part.replace(folder / f"{key}.json")
+    except OSError:
+        return
+
+
+def _folder() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "fasttrain"

@@ -1,0 +1,91 @@
+"""Reasons as data and as text: what was captured, what was not, where in the user's code, and what to change."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+
+from torch import nn
+
+from fasttrain.results import CaptureReport, Obstacle
+
+ADVICE = (
+    (r"\.item\(\)|Tensor\.item|scalar_tensor|_local_scalar_dense", "Log the tensor itself; it is read later, off the step."),
+    (r"[Dd]ata.dependent", "A Python branch on a tensor's value: use torch.where, or move the check out of training_step."),
+    (r"print|builtin.*print", "Move the print to on_train_batch_end."),
+    (r"numpy|pandas", "Move the lookup into the dataset."),
+    (r"RNN|LSTM|GRU", "Recurrent cuDNN-style modules are not traced yet."),
+    (r"torchmetrics|Metric", "Update metrics in on_train_batch_end, or log the tensor and let self.log take the mean."),
+)
+
+
+def obstacle_from(error: BaseException) -> Obstacle:
+    """One obstacle out of a tracing error: the first sentence, the user's file and line, and what to change."""
+    text = _first_line(str(error)) or type(error).__name__
+    advice = next((a for pattern, a in ADVICE if re.search(pattern, str(error))), "")
+    return Obstacle(reason=text, where=_where(error), advice=advice)
+
+
+def _first_line(text: str) -> str:
+    """Dynamo's own one-sentence reason, without its developer notes."""
+    explanation = re.search(r"Explanation: (.+)", text)
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    return f"{first} ({explanation.group(1).strip()})" if explanation else first
+
+
+def _where(error: BaseException) -> str:
+    stack = list(getattr(error, "real_stack", None) or [])
+    frames = [(f.filename, f.lineno or 0) for f in stack]
+    if not frames:
+        frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
+    mine = [f for f in frames if is_user_file(f[0])]
+    return f"{mine[-1][0]}:{mine[-1][1]}" if mine else ""
+
+
+def is_user_file(filename: str) -> bool:
+    """Code the user can change: not torch's, not ours, not Python's own."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    library = os.path.dirname(os.__file__)
+    inside = os.path.abspath(filename)
+    return not filename.startswith("<") and not inside.startswith((package + os.sep, library + os.sep)) and not any(
+        f"{os.sep}{name}{os.sep}" in inside for name in ("torch", "pytorch_lightning", "lightning")) and "site-packages" not in inside  # fmt: skip
+
+
+def hook_obstacles(module: nn.Module, live: Iterable[str]) -> list[Obstacle]:
+    """What the tracer would drop in silence: hooks on tensors, on gradients, and hooks inside the step."""
+    found = [Obstacle(f"the hook {name} runs inside the step", advice="It is honoured; the step runs eagerly for it.") for name in live]
+    for name, p in module.named_parameters():
+        if getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None):
+            found.append(Obstacle(f"a gradient hook on parameter {name}", advice="Tensor hooks are honoured only eagerly."))
+    for name, m in module.named_modules():
+        if m._backward_hooks or m._backward_pre_hooks:
+            found.append(Obstacle(f"a backward hook on module {name or type(m).__name__}", advice="Module backward hooks are honoured only eagerly."))
+    return found
+
+
+def explain(report: CaptureReport) -> str:
+    """The report as a page of text."""
+    lines = [one_line(report)]
+    if report.rung != "eager":
+        lines.append(f"  forward + backward: {'one whole graph' if report.whole else f'{report.pieces} pieces'}, "
+                     f"traced {report.traces} time(s), compiled in {report.compile_s:.1f} s")  # fmt: skip
+    lines.append(f"  update: {report.tail}")
+    if report.timings_us:
+        lines.append("  measured: " + ", ".join(f"{k} {v:.0f} us a step" for k, v in report.timings_us.items()))
+    if report.obstacles:
+        lines.append("  in the way:")
+        lines += [f"    - {o}" for o in report.obstacles]
+    return "\n".join(lines)
+
+
+def one_line(report: CaptureReport) -> str:
+    """The line a run starts with."""
+    return f"rung: {report.rung} ({report.why}); update: {report.tail}; {report.threads} thread(s)"
+
+
+def say(text: str) -> None:
+    """One line to stderr, for the moments before a progress display exists."""
+    print(f"fasttrain: {text}", file=sys.stderr, flush=True)

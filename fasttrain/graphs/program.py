@@ -1,0 +1,136 @@
+"""The step as plain functions of tensors: the truth every rung computes, runnable eagerly as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fasttrain.errors import ModuleError, reject
+from fasttrain.module import Trainable, log_key, loss_of
+from fasttrain.options import Precision
+from fasttrain.results import LogKey
+
+TRUE_DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+MIXED_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """What is fixed for a whole run and read inside the step."""
+
+    precision: Precision
+    device: torch.device
+    keep_outputs: bool  # somebody reads what training_step returned
+
+    def autocast(self, *, cache: bool = True) -> AbstractContextManager[Any]:
+        """The forward's context under this precision."""
+        if self.precision in MIXED_DTYPES:
+            return torch.autocast(self.device.type, dtype=MIXED_DTYPES[self.precision], cache_enabled=cache)
+        return nullcontext()
+
+
+class StepOutput(NamedTuple):
+    """One micro-step: the undivided loss ``[]``, what was logged, and what the step returned if anybody reads it."""
+
+    loss: Tensor | None
+    keys: tuple[LogKey, ...]
+    values: Sequence[Any]
+    returned: Any
+    grads: Sequence[Tensor | None] | None  # of the divided, scaled loss; None where autograd filled ``p.grad``
+    batch_size: int = 0  # 0: not known yet
+
+
+class Raw(NamedTuple):
+    """What a traced micro-step gives back: tensors and constants only."""
+
+    loss: Tensor
+    grads: tuple[Tensor | None, ...]
+    items: list[tuple[Any, ...]]
+    returned: Any
+
+
+def forward(trainable: Trainable, spec: StepSpec, stage: str, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Any, list[tuple[Any, ...]]]:
+    """Run one step of ``stage`` and collect what it logged. Nothing is read on the host."""
+    sink = trainable.sink
+    sink.items = []
+    try:
+        if spec.precision in TRUE_DTYPES:
+            batch = cast_floats(batch, TRUE_DTYPES[spec.precision])
+        with spec.autocast():
+            output = trainable.step(stage)(batch, batch_idx, dataloader_idx)
+        return output, sink.items
+    finally:
+        sink.items = None
+
+
+def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Parameter]) -> Callable[..., Raw]:
+    """The forward and scaled backward of one batch as a pure function, in the form a tracer takes whole.
+
+    ``f(batch, batch_idx, divisor, scale)`` where ``divisor`` (batches in the window) and ``scale`` (loss scale)
+    are 0-d tensors or None; gradients come back as values, ``p.grad`` is not touched.
+    """
+    sink, step, leaves = trainable.sink, trainable.step("train"), tuple(params)
+    true_dtype = TRUE_DTYPES.get(spec.precision)
+    keep = spec.keep_outputs
+
+    def micro_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None) -> Raw:
+        sink.items = []
+        if true_dtype is not None:
+            batch = cast_floats(batch, true_dtype)
+        with spec.autocast(cache=False):
+            output = step(batch, batch_idx, 0)
+        loss = loss_of(output)
+        scaled = loss if divisor is None else loss / divisor
+        scaled = scaled if scale is None else scaled * scale
+        grads = torch.autograd.grad(scaled, leaves, allow_unused=True)
+        items = sink.items
+        sink.items = None
+        return Raw(loss.detach(), grads, items, detached(output) if keep else None)
+
+    return micro_step
+
+
+def keys_and_values(items: Sequence[tuple[Any, ...]], suffix: str = "") -> tuple[tuple[LogKey, ...], list[Any]]:
+    """Split the sink's items into their constant part and their values; a key logged twice keeps its last value."""
+    last = {(item[0], item[8]): item for item in items}
+    return tuple(log_key(i, suffix) for i in last.values()), [i[1] for i in last.values()]
+
+
+def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:
+    """The loss, or a ModuleError that says what came instead. Host read: only the dry look calls this."""
+    loss = loss_of(output)
+    what = f"the loss of {module_name}.training_step"
+    if loss is None:
+        got = f"a dict with keys {sorted(map(str, output))}" if isinstance(output, dict) else type(output).__name__
+        raise ModuleError(reject(what, got, "a scalar tensor, or a dict with 'loss'", "Return the loss from training_step."))
+    if not isinstance(loss, Tensor):
+        raise ModuleError(reject(what, f"{type(loss).__name__} {loss!r}", "a scalar tensor that requires grad", "Do not call .item() on it."))
+    if loss.numel() != 1:
+        raise ModuleError(reject(what, f"shape {list(loss.shape)}", "one number", "Reduce it, e.g. loss.mean()."))
+    if not loss.requires_grad:
+        raise ModuleError(reject(what, "a tensor without a gradient", "one that depends on a trainable parameter",
+                                 "Look for .detach(), .item(), torch.no_grad() or argmax on the way to the loss."))  # fmt: skip
+    if finite and not bool(torch.isfinite(loss.detach())):
+        raise ModuleError(reject(what, f"{float(loss.detach())} on the first batch", "a finite number",
+                                 "Look at the data for nan/inf and at the learning rate, or set nonfinite='ignore'."))  # fmt: skip
+    return loss
+
+
+def cast_floats(batch: Any, dtype: torch.dtype) -> Any:
+    """The batch with its floating-point tensors in ``dtype``."""
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+
+
+def detached(output: Any) -> Any:
+    """What a step returned, cut from its graph."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    return tree_map_only(Tensor, lambda t: t.detach(), output)

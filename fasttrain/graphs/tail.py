@@ -1,0 +1,157 @@
+"""The end of a window: unscale, finite test, clip, update - one fused call where it can be, torch's own step else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.kernels.native_tail import NativeTail
+from fasttrain.options import Options
+
+
+class Tail(Protocol):
+    """Consumes the window's gradients. ``step`` says whether the weights moved."""
+
+    name: str
+
+    def step(self, grads: Sequence[Tensor | None], rescale: float, loss: Tensor | None) -> bool: ...
+
+    def refresh(self) -> None: ...
+
+
+def trainable_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The optimizer's parameters that require grad, each once, in group order."""
+    seen: dict[int, nn.Parameter] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad:
+                seen.setdefault(id(p), p)
+    return list(seen.values())
+
+
+class FusedTail:
+    """Native kernels over the optimizer's own state; the CPU knows at once whether the step was taken."""
+
+    name = "fused native"
+
+    def __init__(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None) -> None:
+        self._native = NativeTail(optimizer, params)
+        self._scaler = scaler
+        by_norm = options.gradient_clip_algorithm == "norm"
+        self._max_norm = options.gradient_clip_val if by_norm else None
+        self._clip_value = None if by_norm else options.gradient_clip_val
+        self._check = scaler is not None or options.nonfinite == "skip"
+        self._look = options.nonfinite != "ignore"
+
+    def step(self, grads: Sequence[Tensor | None], rescale: float, loss: Tensor | None) -> bool:
+        scaler = self._scaler
+        skipped = self._native.step(
+            grads, max_norm=self._max_norm, clip_value=self._clip_value,
+            grad_scale=rescale if scaler is None else rescale / scaler.value,
+            loss=loss if self._look else None, check=self._check,
+        )  # fmt: skip
+        if scaler is not None:
+            scaler.update(found_inf=bool(skipped))
+        return not skipped
+
+    def refresh(self) -> None:
+        if self._native.stale():
+            self._native.refresh()
+
+
+class StockTail:
+    """Torch's own unscale, clip and ``optimizer.step``, as a plain loop would write them."""
+
+    name = "torch"
+
+    def __init__(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None) -> None:
+        self._optimizer, self._params, self._options, self._scaler = optimizer, list(params), options, scaler
+        self.before_step: Callable[[], None] | None = None  # hooks between unscale and clip
+        self.clip: Callable[[], None] | None = None  # configure_gradient_clipping, when overridden
+
+    def step(self, grads: Sequence[Tensor | None] | None, rescale: float, loss: Tensor | None) -> bool:
+        """``grads`` None: autograd has filled ``p.grad``. Host reads: the finite test, where one is asked for."""
+        if grads is not None:
+            for p, g in zip(self._params, grads, strict=True):
+                p.grad = g
+        if not self.prepare(rescale, loss):
+            return False
+        self._optimizer.step()
+        if grads is not None:
+            self._optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def prepare(self, rescale: float, loss: Tensor | None) -> bool:
+        """Everything of a step but the update itself; False when the step must be skipped."""
+        scaler, options = self._scaler, self._options
+        present = [p.grad for p in self._params if p.grad is not None]
+        factor = rescale if scaler is None else rescale / scaler.value
+        if factor != 1.0 and present:
+            torch._foreach_mul_(present, factor)
+        if scaler is not None:
+            finite = not present or math.isfinite(float(torch.nn.utils.get_total_norm(present)))
+            scaler.update(found_inf=not finite)
+            if not finite:
+                return False
+        if self.before_step is not None:
+            self.before_step()
+        if options.nonfinite != "ignore" and loss is not None and not bool(torch.isfinite(loss)):
+            return False
+        if self.clip is not None:
+            self.clip()
+        elif options.gradient_clip_val is not None and options.gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self._params, options.gradient_clip_val)
+        elif options.gradient_clip_val is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self._params, options.gradient_clip_val)
+            return options.nonfinite == "ignore" or bool(torch.isfinite(norm))
+        if options.nonfinite == "skip" and scaler is None and present:
+            return bool(torch.isfinite(torch.nn.utils.get_total_norm(present)))
+        return True
+
+    def refresh(self) -> None:
+        pass
+
+
+class LossScale:
+    """The fp16 loss scale: grows after 2000 clean steps, halves on an overflow (torch.amp.GradScaler's rule)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = 65536.0
+        self.clean_steps = 0
+        self.growth_interval = 2000
+        self.tensor = torch.tensor(self.value, device=device)
+
+    def update(self, *, found_inf: bool) -> None:
+        if found_inf:
+            self.value, self.clean_steps = self.value * 0.5, 0
+        else:
+            self.clean_steps += 1
+            if self.clean_steps < self.growth_interval:
+                return
+            self.value, self.clean_steps = self.value * 2.0, 0
+        self.tensor.fill_(self.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.value, "clean_steps": self.clean_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.clean_steps = float(state["scale"]), int(state["clean_steps"])
+        self.tensor.fill_(self.value)
+
+
+def make_tail(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None) -> Tail:
+    """The fastest tail that is right for this optimizer; ``tail_obstacle`` says why it is not the fused one."""
+    if tail_obstacle(optimizer, params) is None:
+        return FusedTail(optimizer, params, options, scaler)
+    return StockTail(optimizer, params, options, scaler)
+
+
+def tail_obstacle(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> str | None:
+    """Why the fused tail cannot be had for this optimizer, or None."""
+    if not params or any(p.device.type != "cpu" for p in params):
+        return "the fused native tail runs on the CPU"
+    return NativeTail.obstacle(optimizer)

@@ -1,0 +1,317 @@
+"""The trunk: epochs, batches, windows, and what is due after each. Read it from ``fit_loop`` down."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from fasttrain.cadence import epoch_done, steps_done, validation_interval, window_length
+from fasttrain.data import END, Lookahead
+from fasttrain.errors import NonFiniteError
+from fasttrain.evaluate import evaluate, sanity_check
+from fasttrain.graphs.capture import Step, capture_step, dry_look
+from fasttrain.graphs.contract import batch_size_of
+from fasttrain.graphs.explain import one_line
+from fasttrain.run import Run
+from fasttrain.schedules import step_schedulers
+from fasttrain.state import rng_state, set_rng_state
+
+
+def fit_loop(run: Run) -> None:
+    """Train until something says stop. Progress, metrics and the module carry the result."""
+    facade, progress = run.facade, run.facade.progress
+    if run.options.num_sanity_val_steps and run.val and not progress.epoch_open:
+        sanity_check(run)
+    facade.state.stage = "train"
+    run.fire("on_train_start")
+    while not _finished(run):
+        _epoch(run)
+    run.fire("on_train_end")
+
+
+def _finished(run: Run) -> bool:
+    options, progress = run.options, run.facade.progress
+    if run.stopped_by:
+        return True
+    if epoch_done(progress.epoch, options.max_epochs):
+        run.stopped_by = "max_epochs"
+    elif steps_done(progress.global_step, options.max_steps):
+        run.stopped_by = "max_steps"
+    elif run.facade.should_stop and _may_stop(run):
+        run.stopped_by = _who_stopped(run)
+    assert run.train is not None
+    return bool(run.stopped_by) or run.train.batches == 0
+
+
+def _epoch(run: Run) -> None:
+    facade, progress = run.facade, run.facade.progress
+    assert run.train is not None
+    facade.epoch_ended = False
+    if not progress.epoch_open:
+        progress.batches_done = progress.window_open = 0
+        progress.batch_idx = -1
+        run.train.set_epoch(progress.epoch)
+        run.fire("on_train_epoch_start")
+        run.fire("on_epoch_start")
+        progress.epoch_open = True
+    if progress.phase != "epoch_end":
+        ahead = _open_pass(run)
+        facade.log_on_step = True
+        _batches(run, ahead)
+        facade.log_on_step = False
+        run.epoch_complete = ahead.last
+    else:
+        run.resume, run.epoch_complete = _put_back(run.resume), True
+    _end_epoch(run)
+
+
+def _open_pass(run: Run) -> Lookahead:
+    """This epoch's batches, from where a resumed run stood; the random streams are as they were at that batch."""
+    train, progress, resume = run.train, run.facade.progress, run.resume
+    assert train is not None
+    if resume is not None and resume["epoch_rng"] is not None:
+        set_rng_state(resume["epoch_rng"])
+    run.epoch_rng = rng_state()
+    ahead = Lookahead(train.one_pass(progress.batches_done), train.batches, train.total, progress.batches_done)
+    run.resume = _put_back(resume)
+    return ahead
+
+
+def _put_back(resume: dict[str, Any] | None) -> None:
+    if resume is not None:
+        set_rng_state(resume["rng"])
+
+
+def _batches(run: Run, ahead: Lookahead) -> None:
+    """The batches of one epoch; returns when they are over or something says stop."""
+    facade, options, progress, display = run.facade, run.options, run.facade.progress, run.display
+    train = run.train
+    assert train is not None
+    store, remember, clock = facade.train_store, display.recent.append, time.perf_counter
+    window, total, batch_idx, divisor = options.window(progress.epoch), train.batches, progress.batches_done - 1, 1
+    interval = _interval(run)
+    transfer, loggers, log_every = run.transfer(), facade.loggers, options.log_every_n_steps
+    starts, ends = run.live("on_train_batch_start", "on_batch_start"), run.live("on_train_batch_end", "on_batch_end")
+    foreign = transfer is not None or run.foreign("on_train_batch_start", "on_train_batch_end", "on_batch_start", "on_batch_end", "lr_scheduler_step")
+    by_step = [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau]
+    by_epoch = [s for s in run.schedulers if s.interval == "epoch" and not s.reduce_on_plateau]
+    deadline = math.inf if options.max_seconds is None else run.started + options.max_seconds
+    if progress.phase:
+        _finish_resumed_batch(run, interval, ahead.last)
+    step = run.step
+    if step is not None:
+        step.refresh()
+        step.epoch = progress.epoch
+    while True:
+        batch = ahead()
+        if batch is END:
+            break
+        batch_idx += 1
+        progress.batch_idx = batch_idx
+        if batch is None:
+            progress.batches_done += 1
+            continue
+        if transfer is not None:
+            batch = transfer(batch)
+        if starts and _batch_start(run, batch, batch_idx) == -1:
+            break
+        if step is None:
+            step = _capture(run, batch)
+        if progress.window_open == 0:
+            divisor = window_length(batch_idx, window, total) if window > 1 else 1
+        progress.window_open += 1
+        last_batch = ahead.last
+        last = progress.window_open >= divisor or last_batch
+        if foreign:
+            step.refresh()
+        out = step.micro_step(batch, batch_idx, first=progress.window_open == 1, last=last, divisor=divisor)
+        if out.keys:
+            store.append(out.keys, out.values, out.batch_size or batch_size_of(batch))
+        remember(out.loss)
+        if last:
+            _update(run, step, divisor, batch_idx, by_step)
+        if last_batch and by_epoch:
+            step_schedulers(run, by_epoch, progress.epoch + 1)
+        progress.batches_done += 1
+        progress.batches_seen += 1
+        if ends:
+            _batch_end(run, out.returned, batch, batch_idx)
+        if last and loggers and log_every and (progress.stepping_batches + 1) % log_every == 0:
+            facade.send(store.at_step().logged, progress.stepping_batches)
+        now = clock()
+        if now >= display.due:
+            display.train(facade, now, deadline)
+        if interval is not None and _validation_is_due(run, interval, last_batch, now):
+            _validate(run)
+        if last:
+            progress.stepping_batches += 1
+        if (facade.should_stop or run.interrupted or now > deadline or progress.global_step == options.max_steps) and _stops(run, now > deadline):
+            break
+    if progress.window_open and step is not None:
+        _update(run, step, divisor, batch_idx, by_step)  # a stop or an early end closes the window, it drops nothing
+
+
+def _capture(run: Run, batch: Any) -> Step:
+    """Before the first batch is trained: a dry look at it, then the rung."""
+    started = time.perf_counter()
+    assert run.maker is not None
+    dry_look(run.maker, batch)
+    step, run.report = capture_step(run.maker, batch, _remaining_batches(run))
+    run.step, step.epoch = step, run.facade.progress.epoch
+    run.facade.capture = run.report
+    run.ledger.compile_s += time.perf_counter() - started
+    if run.open_gradients is not None:
+        step.load_gradients(run.open_gradients)
+        run.open_gradients = None
+    run.display.rung = run.report.rung
+    run.display.line(one_line(run.report))
+    return step
+
+
+def _remaining_batches(run: Run) -> float:
+    options, progress = run.options, run.facade.progress
+    assert run.train is not None
+    batches = math.inf if options.max_epochs == -1 else (options.max_epochs - progress.epoch) * run.train.batches
+    if options.max_steps != -1:
+        batches = min(batches, (options.max_steps - progress.global_step) * options.window(progress.epoch))
+    return batches
+
+
+def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[Any]) -> None:
+    """The end of a window: one optimizer step, or a step refused because something is not finite."""
+    progress = run.facade.progress
+    stepped = step.update_step(1.0 if progress.window_open == divisor else divisor / progress.window_open)
+    progress.window_open = 0
+    if stepped:
+        progress.global_step += 1
+        if by_step:
+            step_schedulers(run, by_step, progress.global_step)
+    elif run.options.nonfinite == "raise" and run.maker is not None and run.maker.scaler is None:
+        loss = run.display.recent[-1]
+        raise NonFiniteError(
+            f"step {progress.global_step} (epoch {progress.epoch}, batch {batch_idx}): the loss or a gradient is not finite "
+            f"(loss {float('nan') if loss is None else float(loss)}). The weights are as they were before this step. "
+            "Look at this batch and at the learning rate, clip with gradient_clip_val=1.0, or set nonfinite='skip'."
+        )
+    else:
+        run.ledger.skipped_steps += 1
+
+
+def _batch_start(run: Run, batch: Any, batch_idx: int) -> Any:
+    run.facade.last_batch_size = batch_size_of(batch)
+    run.fire("on_batch_start", batch, batch_idx)
+    return run.fire("on_train_batch_start", batch, batch_idx)
+
+
+def _batch_end(run: Run, returned: Any, batch: Any, batch_idx: int) -> None:
+    progress = run.facade.progress
+    run.facade.last_batch_size = batch_size_of(batch)
+    progress.phase = "batch_end"
+    run.fire("on_train_batch_end", returned, batch, batch_idx)
+    run.fire("on_batch_end")
+    progress.phase = ""
+
+
+def _interval(run: Run) -> float | None:
+    """Batches between validations in this epoch; None when there is nothing to validate in it."""
+    options, train = run.options, run.train
+    assert train is not None
+    every = options.check_val_every_n_epoch
+    if not run.val or (every is not None and (run.facade.progress.epoch + 1) % every):
+        return None
+    return validation_interval(train.batches, options.val_check_interval, across_epochs=every is None)
+
+
+def _validation_is_due(run: Run, interval: float, last_batch: bool, now: float) -> bool:
+    """By optimizer steps, by wall time, or by batches; a granted stop request adds one."""
+    options, facade, progress = run.options, run.facade, run.facade.progress
+    if facade.should_stop and _may_stop(run):
+        return True
+    if options.val_every_n_steps is not None:
+        return progress.window_open == 0 and progress.global_step % options.val_every_n_steps == 0
+    if options.val_check_seconds is not None:
+        return now - run.validated_at >= options.val_check_seconds
+    if interval == math.inf:
+        return last_batch
+    count = progress.batches_seen if options.check_val_every_n_epoch is None else progress.batches_done
+    return count % int(interval) == 0
+
+
+def _validate(run: Run) -> None:
+    progress = run.facade.progress
+    progress.phase = "validation"
+    evaluate(run, run.val, "validate")
+    progress.phase = ""
+    _after_validation(run)
+
+
+def _after_validation(run: Run) -> None:
+    run.validated_at = time.perf_counter()
+    by_step = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]
+    if by_step:
+        step_schedulers(run, by_step, run.facade.progress.global_step)
+    if run.step is not None:
+        run.step.refresh()
+
+
+def _finish_resumed_batch(run: Run, interval: float | None, last_batch: bool) -> None:
+    """What was still owed to the batch in whose hooks the checkpoint was written."""
+    progress = run.facade.progress
+    phase, progress.phase = progress.phase, ""
+    if phase == "validation":
+        _after_validation(run)
+    elif interval is not None and _validation_is_due(run, interval, last_batch, time.perf_counter()):
+        _validate(run)
+    if progress.window_open == 0:
+        progress.stepping_batches += 1
+
+
+def _may_stop(run: Run) -> bool:
+    """Are the least epochs (whole ones) and steps done?"""
+    progress, options = run.facade.progress, run.options
+    return progress.epoch >= options.min_epochs and progress.global_step >= options.min_steps
+
+
+def _stops(run: Run, timed_out: bool) -> bool:
+    """Something asked to stop at this batch: is it granted now?"""
+    if run.interrupted:
+        run.stopped_by = "interrupt"
+    elif steps_done(run.facade.progress.global_step, run.options.max_steps):
+        run.stopped_by = "max_steps"
+    elif timed_out and _may_stop(run):
+        run.stopped_by = "max_time"
+    elif run.facade.should_stop and _may_stop(run):
+        run.stopped_by = _who_stopped(run)
+    return bool(run.stopped_by)
+
+
+def _who_stopped(run: Run) -> str:
+    early = run.facade.early_stopping_callback
+    return "early_stopping" if getattr(early, "stopped_epoch", 0) else "callback"
+
+
+def _end_epoch(run: Run) -> None:
+    """Epoch hooks and metrics, in Lightning's order: callbacks, the module, early stopping, checkpoints, then plateaus."""
+    facade, progress = run.facade, run.facade.progress
+    facade.epoch_ended = True
+    if progress.phase != "epoch_end":
+        progress.phase = "epoch_end"
+        before, after = run.callbacks.split("on_train_epoch_end")
+        for call in before:
+            call(facade, run.trainable.module)
+        run.trainable.call("on_train_epoch_end")
+        for call in after:
+            call(facade, run.trainable.module)
+        run.fire("on_epoch_end")
+    view = facade.train_store.at_step()
+    facade.keep(view)
+    ended = facade.train_store.at_epoch_end()
+    facade.keep(ended)
+    facade.train_store.reset()
+    plateaus = [s for s in run.schedulers if s.interval == "epoch" and s.reduce_on_plateau]
+    if run.epoch_complete and plateaus:
+        step_schedulers(run, plateaus, progress.epoch + 1)
+    facade.send(ended.logged, max(0, progress.stepping_batches - 1))
+    progress.phase, progress.epoch_open, facade.epoch_ended = "", False, False
+    progress.epoch += 1

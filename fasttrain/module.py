@@ -1,0 +1,257 @@
+"""What a module must look like: adapters for the three shapes people bring, live hooks, and where self.log goes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fasttrain.errors import ModuleError, reject
+from fasttrain.results import LogKey, reduce_named
+
+LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+IN_STEP_HOOKS = ("on_before_zero_grad", "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step",
+                 "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")  # fmt: skip
+MODULE_HOOKS = (
+    "configure_callbacks", "prepare_data", "setup", "teardown", "configure_model", "configure_sharded_model",
+    "on_load_checkpoint", "on_save_checkpoint", "on_fit_start", "on_fit_end",
+    "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start", "on_train_batch_end",
+    "on_validation_start", "on_validation_end", "on_validation_epoch_start", "on_validation_epoch_end",
+    "on_validation_batch_start", "on_validation_batch_end", "on_validation_model_eval", "on_validation_model_train",
+    "on_test_start", "on_test_end", "on_test_epoch_start", "on_test_epoch_end", "on_test_batch_start", "on_test_batch_end",
+    "on_predict_start", "on_predict_end", "on_predict_epoch_start", "on_predict_epoch_end", "on_predict_batch_start",
+    "on_predict_batch_end", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
+    "lr_scheduler_step", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader",
+    "on_sanity_check_start", "on_sanity_check_end", "on_exception", *IN_STEP_HOOKS,
+    # older names, honoured at their old place
+    "on_batch_start", "on_batch_end", "on_epoch_start", "on_epoch_end", "on_pretrain_routine_start", "on_pretrain_routine_end",
+    "training_step_end", "validation_step_end", "test_step_end",
+    "training_epoch_end", "validation_epoch_end", "test_epoch_end",
+)  # fmt: skip
+STAGE_STEPS = {"train": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+
+
+class Sink:
+    """Receives ``self.log`` calls. Inside a step ``items`` is a fresh list, so a trace sees plain values only."""
+
+    def __init__(self) -> None:
+        self.items: list[tuple[Any, ...]] | None = None
+        self.outside: Callable[[str, Any, Mapping[str, Any]], None] | None = None
+        self.on_step_default, self.on_epoch_default = True, False
+
+    def log(
+        self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, on_step: bool | None = None,
+        on_epoch: bool | None = None, reduce_fx: Any = "mean", enable_graph: bool = False, sync_dist: bool = False,
+        sync_dist_group: Any = None, add_dataloader_idx: bool = True, batch_size: int | None = None,
+        metric_attribute: str | None = None, rank_zero_only: bool = False,
+    ) -> None:  # fmt: skip
+        """``self.log``: same arguments and defaults as Lightning's."""
+        if isinstance(value, Tensor) and not enable_graph:
+            value = value.detach()
+        logger = True if logger is None else logger
+        if self.items is not None:
+            on_step = self.on_step_default if on_step is None else on_step
+            on_epoch = self.on_epoch_default if on_epoch is None else on_epoch
+            self.items.append((name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx))
+        elif self.outside is not None:
+            self.outside(name, value, dict(prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch,
+                                           reduce_fx=reduce_fx, batch_size=batch_size))  # fmt: skip
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """``self.log_dict``: ``self.log`` for each entry."""
+        for name, value in dictionary.items():
+            self.log(name, value, *args, **kwargs)
+
+
+def log_key(item: tuple[Any, ...], suffix: str = "") -> LogKey:
+    """The constant part of one sink item; ``suffix`` names the dataloader when there are several."""
+    name, _, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_idx = item
+    if not isinstance(name, str):
+        raise ModuleError(reject("self.log(name)", repr(name), "a string", "Give the metric a name."))
+    return LogKey(name + (suffix if add_idx else ""), prog_bar, logger, on_step, on_epoch, reduce_named(reduce_fx), batch_size)
+
+
+class Trainable:
+    """A module as the rest of the house sees it: one root ``nn.Module``, its steps, its hooks, its optimizer."""
+
+    def __init__(self, module: nn.Module, *, loss: Callable[..., Tensor] | None = None, optimizer: Any = None, lr_scheduler: Any = None) -> None:
+        self.module = module
+        self.sink = Sink()
+        self._loss, self._optimizer, self._scheduler = loss, optimizer, lr_scheduler
+        self.hooks = frozenset(h for h in MODULE_HOOKS if overridden(module, h))
+        self._loss_takes_module = loss is not None and _first_argument_is_module(loss)
+        self._steps = {stage: self._step_for(stage, name) for stage, name in STAGE_STEPS.items()}
+
+    def has(self, stage: str) -> bool:
+        """Can this module run ``stage`` ("train" | "validate" | "test" | "predict")?"""
+        return self._steps[stage] is not None
+
+    def step(self, stage: str) -> Callable[[Any, int, int], Any]:
+        """``f(batch, batch_idx, dataloader_idx) -> what the step returns``; traced as it is."""
+        step = self._steps[stage]
+        assert step is not None
+        return step
+
+    def call(self, hook: str, *args: Any) -> Any:
+        """Call a module hook with as many of ``args`` as it takes; None when nobody overrides it."""
+        if hook not in self.hooks:
+            return None
+        method = getattr(self.module, hook)
+        return method(*args[: _positional(method, len(args))])
+
+    def configure_optimizers(self) -> Any:
+        """What ``configure_optimizers`` returned, or the ``optimizer=`` (and ``lr_scheduler=``) that was given."""
+        if self._optimizer is None:
+            return self.module.configure_optimizers()  # type: ignore[operator]
+        made = self._optimizer
+        if callable(made) and not isinstance(made, torch.optim.Optimizer):
+            made = made(self.module.parameters())
+        scheduler = self._scheduler
+        if callable(scheduler) and not hasattr(scheduler, "step"):
+            scheduler = scheduler(made)
+        return made if scheduler is None else {"optimizer": made, "lr_scheduler": scheduler}
+
+    def check(self) -> None:
+        """Raise ModuleError, before anything runs, when there is no loss or no optimizer to train with."""
+        m = type(self.module).__name__
+        if not isinstance(self.module, nn.Module):
+            raise ModuleError(reject("module", m, "a torch.nn.Module", "Give the module itself, not its class or its path."))
+        if self._optimizer is None and (not hasattr(self.module, "configure_optimizers") or _is_lightnings(self.module, "configure_optimizers")):
+            raise ModuleError(f"{m} has no configure_optimizers: define it on the module, or give compile_fit(..., optimizer=torch.optim.AdamW(module.parameters())).")
+        if not self.has("train"):
+            raise ModuleError(f"{m} has no training_step: define training_step(self, batch, batch_idx) on the module, "
+                              "or give compile_fit(..., loss=fn) with fn(output, target).")  # fmt: skip
+
+    def _step_for(self, stage: str, name: str) -> Callable[[Any, int, int], Any] | None:
+        method = getattr(self.module, name, None)
+        if callable(method) and not _is_lightnings(self.module, name):
+            return _adapt_step(method, stage)
+        if stage == "predict":
+            return self._predict
+        if not overridden(self.module, "training_step") and (self._loss is not None or _is_huggingface(self.module)):
+            return self._plain(stage)
+        return None
+
+    def _plain(self, stage: str) -> Callable[[Any, int, int], Any]:
+        module, loss, takes_module, sink = self.module, self._loss, self._loss_takes_module, self.sink
+        name = {"train": "train_loss", "validate": "val_loss", "test": "test_loss"}[stage]
+
+        def plain_step(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+            if loss is None:
+                value = (module(**batch) if isinstance(batch, Mapping) else module(*batch)).loss
+            elif takes_module:
+                value = loss(module, batch)
+            else:
+                inputs, target = batch
+                value = loss(module(inputs), target)
+            sink.log(name, value, prog_bar=stage != "train")
+            return value
+
+        return plain_step
+
+    def _predict(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        if isinstance(batch, Mapping):
+            return self.module(**batch)
+        if isinstance(batch, (tuple, list)) and self._loss is not None:
+            return self.module(batch[0])
+        return self.module(batch)
+
+
+@contextmanager
+def attached(trainable: Trainable, trainer: Any) -> Any:
+    """Within: the module's ``self.log``, ``self.trainer`` and what hangs on them are ours; after, as they were."""
+    module, sink = trainable.module, trainable.sink
+    ours: dict[str, Any] = {"log": sink.log, "log_dict": sink.log_dict}
+    if is_lightning(module):
+        ours["_trainer"] = trainer
+    else:
+        ours |= {k: v for k, v in {"trainer": trainer, "print": print}.items() if not hasattr(type(module), k)}
+    before = {k: module.__dict__[k] for k in ours if k in module.__dict__}
+    module.__dict__.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before)
+        if is_lightning(module):
+            module.__dict__["_trainer"] = trainer  # people read module.trainer after a fit
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a training step returned: a tensor, ``{"loss": ...}``, an object with ``.loss``, or None."""
+    if output is None or isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return output["loss"] if "loss" in output else None
+    return getattr(output, "loss", None)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors (and what has ``.to``) on ``device``; copies overlap where the memory is pinned."""
+    if hasattr(batch, "to") and callable(batch.to):
+        return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch.to(device)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: to_device(getattr(batch, f.name), device) for f in fields(batch)})
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def overridden(obj: object, name: str) -> bool:
+    """Does ``obj`` bring its own ``name``, one that Lightning's empty base class did not define?"""
+    return callable(getattr(obj, name, None)) and not _is_lightnings(obj, name) and not hasattr(nn.Module, name)
+
+
+def is_lightning(module: object) -> bool:
+    """Is it a LightningModule of either package? Nothing is imported to find out."""
+    return any(c.__name__ == "LightningModule" and c.__module__.startswith(LIGHTNING) for c in type(module).__mro__)
+
+
+def _is_lightnings(obj: object, name: str) -> bool:
+    if name in getattr(obj, "__dict__", {}):
+        return False
+    for cls in type(obj).__mro__:
+        if name in cls.__dict__:
+            return cls.__module__.startswith(LIGHTNING) and ".core." in cls.__module__
+    return False
+
+
+def _is_huggingface(module: object) -> bool:
+    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers") for c in type(module).__mro__)
+
+
+def _first_argument_is_module(loss: Callable[..., Any]) -> bool:
+    try:
+        parameters = [p.name for p in inspect.signature(loss).parameters.values()]
+    except (TypeError, ValueError):
+        return False
+    return bool(parameters) and parameters[0] in ("module", "model", "net") and len(parameters) >= 2
+
+
+def _positional(method: Callable[..., Any], most: int) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(method).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return most
+    return min(most, sum(p.kind in kinds for p in parameters))
+
+
+def _adapt_step(method: Callable[..., Any], stage: str) -> Callable[[Any, int, int], Any]:
+    """The step with (batch, batch_idx, dataloader_idx), whichever of them it takes, by name where it says so."""
+    names = [p.name for p in inspect.signature(method).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    refused = [n for n in names if n in ("dataloader_iter", "optimizer_idx", "hiddens")]
+    if refused and stage == "train":
+        raise ModuleError(f"training_step takes {refused[0]!r}, which this version does not hand over. Wanted training_step(self, batch, batch_idx).")
+    count = _positional(method, 3)
+    if count >= 3:
+        return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx, dataloader_idx)
+    if count == 2 and names[1] in ("dataloader_idx", "dataloader_i"):
+        return lambda batch, batch_idx, dataloader_idx: method(batch, dataloader_idx)
+    if count == 2:
+        return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx)
+    return lambda batch, batch_idx, dataloader_idx: method(batch)

@@ -1,0 +1,60 @@
+"""``trainer.step(batch)``: the captured micro-step for people who keep their own loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from fasttrain.errors import NonFiniteError
+from fasttrain.graphs.capture import Step, capture_step, dry_look
+from fasttrain.module import attached
+from fasttrain.run import Run
+from fasttrain.schedules import check_parameters, parse_optimizers, step_schedulers
+from fasttrain.setup import make_maker, place_module
+
+
+class OwnLoop:
+    """One optimizer step every ``accumulate_grad_batches`` calls; schedulers with interval "step" move with it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        place_module(run)
+        optimizer, run.schedulers = parse_optimizers(run.trainable.configure_optimizers())
+        check_parameters(optimizer, run.trainable.module)
+        run.facade.set_optimizers([optimizer])
+        run.maker = make_maker(run, optimizer)
+        run.facade.state.stage = "train"
+        self._step: Step | None = None
+
+    def __call__(self, batch: Any) -> Tensor:
+        run, progress = self._run, self._run.facade.progress
+        with attached(run.trainable, run.facade):
+            transfer = run.transfer()
+            batch = batch if transfer is None else transfer(batch)
+            if self._step is None:
+                assert run.maker is not None
+                dry_look(run.maker, batch)
+                self._step, run.report = capture_step(run.maker, batch, math.inf)
+                run.step = self._step
+            window = run.options.window(0)
+            progress.batch_idx += 1
+            progress.window_open += 1
+            last = progress.window_open >= window
+            self._step.refresh()  # the caller's code ran since the last step
+            out = self._step.micro_step(batch, progress.batch_idx, first=progress.window_open == 1, last=last, divisor=window)
+            if last:
+                self._update(self._step)
+        assert out.loss is not None
+        return out.loss.clone()
+
+    def _update(self, step: Step) -> None:
+        run, progress = self._run, self._run.facade.progress
+        stepped = step.update_step(1.0)
+        progress.window_open = 0
+        if stepped:
+            progress.global_step += 1
+            step_schedulers(run, [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau], progress.global_step)
+        elif run.options.nonfinite == "raise" and run.maker is not None and run.maker.scaler is None:
+            raise NonFiniteError(f"step {progress.global_step}: the loss or a gradient is not finite; the weights are as before it.")

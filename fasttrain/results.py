@@ -1,0 +1,278 @@
+"""What a run returns, and how logged values become metrics: records in, reductions out, no host read on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import ModuleError
+
+FLUSH_EVERY = 256  # rows kept before they are summed: bounds memory, one reduction per 256 steps
+
+
+class LogKey(NamedTuple):
+    """What ``self.log`` was told about one value; constant while a capture lives."""
+
+    name: str
+    prog_bar: bool
+    logger: bool
+    on_step: bool
+    on_epoch: bool
+    reduce_fx: Any  # "mean" | "sum" | "min" | "max" | a function of the stacked values
+    batch_size: int | None
+
+    @property
+    def step_name(self) -> str:
+        return f"{self.name}_step" if self.on_epoch else self.name
+
+    @property
+    def epoch_name(self) -> str:
+        return f"{self.name}_epoch" if self.on_step else self.name
+
+
+@dataclass
+class _Column:
+    """One logged value over an epoch: the running reduction and the last value."""
+
+    key: LogKey
+    total: Tensor | None = None
+    weight: float = 0.0
+    kept: list[Tensor] = field(default_factory=list)
+    metric: Any = None  # a torchmetrics-like object logged as it is
+
+    def fold(self, values: list[Any], weights: list[float]) -> None:
+        if not self.key.on_epoch:
+            return
+        stacked = torch.stack([as_scalar(v) for v in values]).to(torch.float64)
+        fx = self.key.reduce_fx
+        if fx == "mean":
+            w = torch.tensor(weights, dtype=torch.float64, device=stacked.device)
+            part, self.weight = (stacked * w).sum(), self.weight + sum(weights)
+        elif fx == "sum":
+            part = stacked.sum()
+        elif fx == "min":
+            part = stacked.min()
+        elif fx == "max":
+            part = stacked.max()
+        else:
+            self.kept.append(stacked)
+            return
+        if self.total is None:
+            self.total = part
+        elif fx in ("min", "max"):
+            self.total = torch.minimum(self.total, part) if fx == "min" else torch.maximum(self.total, part)
+        else:
+            self.total = self.total + part
+
+    def value(self) -> Tensor | None:
+        if self.metric is not None:
+            return as_scalar(self.metric.compute())
+        if self.kept:
+            reduced = self.key.reduce_fx(torch.cat(self.kept).to(torch.get_default_dtype()))
+            return as_scalar(reduced).detach()
+        if self.total is None:
+            return None
+        value = self.total / self.weight if self.key.reduce_fx == "mean" else self.total
+        return value.to(torch.get_default_dtype())
+
+
+def as_scalar(value: Any) -> Tensor:
+    """A 0-d tensor of what was logged; shape ``[]``. Raises ModuleError for anything with more than one element."""
+    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    if tensor.numel() != 1:
+        raise ModuleError(f"self.log: got a value of shape {list(tensor.shape)}; wanted one number. Reduce it first, e.g. .mean().")
+    return tensor.reshape(())
+
+
+class MetricStore:
+    """Logged values of one stage over one epoch. ``append`` is the only call a steady step makes."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, _Column] = {}
+        self._keys: tuple[LogKey, ...] = ()
+        self._rows: list[tuple[Sequence[Any], int]] = []
+        self._last: dict[str, tuple[LogKey, Any]] = {}
+
+    def append(self, keys: tuple[LogKey, ...], values: Sequence[Any], batch_size: int) -> None:
+        """Keep one step's values (device tensors or numbers, in the order of ``keys``); reads nothing."""
+        if keys is not self._keys:
+            self._change_keys(keys)
+        self._rows.append((values, batch_size))
+        if len(self._rows) >= FLUSH_EVERY:
+            self.flush()
+
+    def log(self, key: LogKey, value: Any, batch_size: int) -> None:
+        """One value logged outside the captured step."""
+        if hasattr(value, "compute") and hasattr(value, "update"):
+            self._column(key).metric = value
+            if key.on_step:
+                self._last[key.name] = (key, getattr(value, "_forward_cache", None))
+            return
+        value = as_scalar(value)
+        self._column(key).fold([value], [float(key.batch_size or batch_size)])
+        if key.on_step:
+            self._last[key.name] = (key, value)
+
+    def _column(self, key: LogKey) -> _Column:
+        column = self._columns.setdefault(key.name, _Column(key))
+        if column.key[1:6] != key[1:6]:
+            raise ModuleError(f"self.log({key.name!r}): logged twice with other arguments, {column.key[1:6]} and {key[1:6]}. "
+                              "Use the same arguments, or another name.")  # fmt: skip
+        return column
+
+    def _change_keys(self, keys: tuple[LogKey, ...]) -> None:
+        self.flush()
+        for key in keys:
+            self._column(key)
+        self._keys = keys
+
+    def flush(self) -> None:
+        """Fold the pending rows into the running reductions."""
+        rows, self._rows = self._rows, []
+        if not rows:
+            return
+        for i, key in enumerate(self._keys):
+            self._column(key).fold([r[0][i] for r in rows], [float(key.batch_size or r[1]) for r in rows])
+            if key.on_step:
+                self._last[key.name] = (key, rows[-1][0][i])
+
+    def _newest(self) -> Iterator[tuple[LogKey, Any]]:
+        newest = dict(self._last)
+        if self._rows:
+            newest |= {k.name: (k, v) for k, v in zip(self._keys, self._rows[-1][0], strict=True) if k.on_step}
+        return iter(newest.values())
+
+    def at_step(self) -> MetricView:
+        """The values of the newest step (``on_step`` ones)."""
+        view = MetricView()
+        for key, value in self._newest():
+            if value is not None:
+                view.add(key, key.step_name, as_scalar(value).clone())
+        return view
+
+    def at_epoch_end(self) -> MetricView:
+        """The reductions over the epoch (``on_epoch`` ones), then everything is forgotten by ``reset``."""
+        self.flush()
+        view = MetricView()
+        for column in self._columns.values():
+            value = column.value() if column.key.on_epoch else None
+            if value is not None:
+                view.add(column.key, column.key.epoch_name, value)
+        return view
+
+    def reset(self) -> None:
+        for column in self._columns.values():
+            if column.metric is not None:
+                column.metric.reset()
+        self.__init__()  # type: ignore[misc]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint in mid-epoch needs of the running reductions, as tensors and plain data."""
+        self.flush()
+        out: dict[str, Any] = {}
+        for name, c in self._columns.items():
+            if callable(c.key.reduce_fx) or c.metric is not None:
+                continue
+            out[name] = {"key": list(c.key), "total": c.total, "weight": c.weight, "last": self._last.get(name, (c.key, None))[1]}
+        return out
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, s in state.items():
+            key = LogKey(*s["key"])
+            self._columns[name] = _Column(key, total=s["total"], weight=s["weight"])
+            if s["last"] is not None:
+                self._last[name] = (key, s["last"])
+
+
+@dataclass
+class MetricView:
+    """Metrics at one point, split by who hears of them."""
+
+    callback: dict[str, Tensor] = field(default_factory=dict)
+    logged: dict[str, Tensor] = field(default_factory=dict)
+    bar: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, key: LogKey, full_name: str, value: Tensor) -> None:
+        self.callback[key.name] = self.callback[full_name] = value
+        if key.logger:
+            self.logged[full_name] = value
+        if key.prog_bar:
+            self.bar[full_name] = value
+
+
+@dataclass
+class Ledger:
+    """Where the seconds of a run went, and what it did."""
+
+    compile_s: float = 0.0
+    measure_s: float = 0.0
+    train_s: float = 0.0
+    validate_s: float = 0.0
+    checkpoint_s: float = 0.0
+    batches: int = 0
+    samples: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One thing that kept a step from being captured whole."""
+
+    reason: str
+    where: str = ""  # file:line
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(p for p in (f"{self.where}:" if self.where else "", self.reason, self.advice) if p)
+
+
+@dataclass
+class CaptureReport:
+    """How the step runs: its rung, whether it is whole, in how many pieces, and what stood in the way."""
+
+    rung: str = "eager"
+    whole: bool = False
+    pieces: int = 0
+    why: str = ""
+    tail: str = ""
+    threads: int = 0
+    compile_s: float = 0.0
+    traces: int = 0
+    direct: bool = False  # steady steps call the graph past its guards
+    why_guarded: str = ""
+    obstacles: list[Obstacle] = field(default_factory=list)
+    timings_us: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What ``fit`` gives back. ``metrics`` are Python floats, read once, at the end."""
+
+    metrics: dict[str, float]
+    steps: int
+    epochs: int
+    best_checkpoint: str | None
+    stopped_by: str  # "max_epochs" | "max_steps" | "max_time" | "early_stopping" | "callback" | "interrupt"
+    ledger: Ledger
+    capture: CaptureReport
+
+
+def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Host read: metrics as Python floats."""
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def reduce_named(fx: Any) -> Any:
+    """``reduce_fx`` as one of our four names, or the function itself."""
+    names: dict[Callable[..., Any], str] = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max",
+                                            sum: "sum", min: "min", max: "max"}  # fmt: skip
+    fx = names.get(fx, fx)
+    if isinstance(fx, str):
+        fx = {"avg": "mean"}.get(fx, fx)
+        if fx not in ("mean", "sum", "min", "max"):
+            raise ModuleError(f"self.log: got reduce_fx={fx!r}; wanted 'mean', 'sum', 'min', 'max' or a function.")
+    return fx

@@ -1,0 +1,97 @@
+"""Everything one fit works on, and the one way hooks are called."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fasttrain.callbacks.callback import HOOKS
+from fasttrain.callbacks.hooks import CallbackList
+from fasttrain.data import Source
+from fasttrain.display import Display
+from fasttrain.facade import SchedulerConfig, TrainerFacade
+from fasttrain.graphs.capture import Step, StepMaker
+from fasttrain.graphs.program import StepSpec
+from fasttrain.module import Trainable, to_device
+from fasttrain.options import Options
+from fasttrain.results import CaptureReport, Ledger
+
+OUR_CALLBACKS = "fasttrain.callbacks."
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One fit, validate, test or predict in progress."""
+
+    trainable: Trainable
+    options: Options
+    facade: TrainerFacade
+    callbacks: CallbackList
+    spec: StepSpec
+    display: Display
+    ledger: Ledger
+    schedulers: list[SchedulerConfig] = field(default_factory=list)
+    maker: StepMaker | None = None
+    train: Source | None = None
+    val: list[Source] = field(default_factory=list)
+    report: CaptureReport = field(default_factory=CaptureReport)
+    step: Step | None = None
+    eval_steps: dict[str, Any] = field(default_factory=dict)  # what runs an evaluation step of each stage
+    interrupted: bool = False
+    stopped_by: str = ""
+    started: float = field(default_factory=time.perf_counter)
+    validated_at: float = field(default_factory=time.perf_counter)
+    epoch_complete: bool = False  # every batch of the epoch was given
+    epoch_rng: dict[str, Any] | None = None  # the random streams as this epoch's pass over the loader began
+    resume: dict[str, Any] | None = None  # what the first epoch after a resume still has to put back
+    open_gradients: dict[str, Tensor] | None = None  # of a window that was open when the checkpoint was written
+
+    def fire(self, hook: str, *args: Any) -> Any:
+        """Callbacks first, then the module; returns what the module's hook returned."""
+        for call in self.calls(hook):
+            call(self.facade, self.trainable.module, *args)
+        return self.trainable.call(hook, *args)
+
+    def calls(self, hook: str) -> tuple[Callable[..., Any], ...]:
+        """The callbacks' methods for a hook; none for the older names that only modules have."""
+        return self.callbacks.calls(hook) if hook in HOOKS else ()
+
+    def callbacks_and_module(self, hook: str, state: dict[str, Any]) -> None:
+        """``on_save_checkpoint`` / ``on_load_checkpoint``: callbacks get three arguments, the module one."""
+        for call in self.callbacks.calls(hook):
+            call(self.facade, self.trainable.module, state)
+        self.trainable.call(hook, state)
+
+    def live(self, *hooks: str) -> bool:
+        """Does anybody override one of these?"""
+        return any(self.calls(h) or h in self.trainable.hooks for h in hooks)
+
+    def foreign(self, *hooks: str) -> bool:
+        """Does code that is not ours run at one of these? It may change the module."""
+        calls = (c for h in hooks for c in self.calls(h))
+        theirs = any(not type(getattr(c, "__self__", c)).__module__.startswith(OUR_CALLBACKS) for c in calls)
+        return theirs or any(h in self.trainable.hooks for h in hooks)
+
+    def transfer(self, dataloader_idx: int = 0) -> Callable[[Any], Any] | None:
+        """What brings a batch to the device; None when it is there already and nobody overrides the way."""
+        hooks, module, device = self.trainable.hooks, self.trainable.module, self.spec.device
+        names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+        if device.type == "cpu" and not any(h in hooks for h in names):
+            return None
+
+        def transfer(batch: Any) -> Any:
+            if "on_before_batch_transfer" in hooks:
+                batch = module.on_before_batch_transfer(batch, dataloader_idx)  # type: ignore[operator]
+            if "transfer_batch_to_device" in hooks:
+                batch = module.transfer_batch_to_device(batch, device, dataloader_idx)  # type: ignore[operator]
+            else:
+                batch = to_device(batch, device)
+            if "on_after_batch_transfer" in hooks:
+                batch = module.on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[operator]
+            return batch
+
+        return transfer

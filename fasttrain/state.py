@@ -1,0 +1,144 @@
+"""What changes in a run and is saved: progress counters, random streams, and a snapshot to put everything back."""
+
+from __future__ import annotations
+
+import collections
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Progress:
+    """Where a fit stands. Plain integers, readable by callbacks, saved as they are."""
+
+    epoch: int = 0
+    global_step: int = 0  # completed optimizer steps
+    batch_idx: int = -1  # of the batch that is being trained
+    batches_done: int = 0  # in this epoch
+    batches_seen: int = 0  # over all epochs
+    stepping_batches: int = 0  # batches that ended a window before the current one; the loggers' x axis
+    window_open: int = 0  # batches in the window since the last step
+    epoch_open: bool = False
+    phase: str = ""  # hooks that may save are running: "batch_end" | "validation" | "epoch_end"; says what a resume still owes
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in vars(self):
+            setattr(self, name, state[name])
+
+
+def rng_state() -> dict[str, Any]:
+    """Every random stream of this process: python, numpy if it was imported, torch, and CUDA if it was started."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if "numpy" in sys.modules:
+        kind, keys, pos, has_gauss, cached = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [kind, torch.from_numpy(keys.astype("int64")), int(pos), int(has_gauss), float(cached)]
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put every stream back to where ``rng_state`` found it."""
+    torch.set_rng_state(state["torch"].to(torch.uint8))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "numpy" in state:
+        import numpy as np
+
+        kind, keys, pos, has_gauss, cached = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype("uint32"), pos, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(list(state["cuda"]))
+
+
+class Snapshot:
+    """Weights, buffers, slots, gradients, random streams and plain attributes of a module, to be put back bit for bit."""
+
+    def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None) -> None:
+        self._module = module
+        self._tensors = [(t, t.detach().clone()) for t in _tensors(module)]
+        self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
+        self._attributes = [(m, _plain_attributes(m)) for m in module.modules()]
+        self._modes = [(m, m.training) for m in module.modules()]
+        self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers or []]
+        self._groups = [(g, {k: v for k, v in g.items() if k != "params"}) for o in optimizers or [] for g in o.param_groups]
+        self._rng = rng_state()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """In place where the tensors live on, so that every reference to them stays valid."""
+        for tensor, value in self._tensors:
+            tensor.copy_(value)
+        for p, grad in self._grads:
+            p.grad = grad
+        for m, attributes in self._attributes:
+            _restore_attributes(m, attributes)
+        for m, training in self._modes:
+            m.training = training
+        for optimizer, slots in self._slots:
+            for p in [p for p in optimizer.state if p not in slots]:
+                del optimizer.state[p]
+            for p, saved in slots.items():
+                _restore_slots(optimizer.state[p], saved)
+        for group, values in self._groups:
+            group.update(values)
+        set_rng_state(self._rng)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _copy_slots(slots: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in slots.items()}
+
+
+def _restore_slots(live: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    for k in [k for k in live if k not in saved]:
+        del live[k]
+    for k, v in saved.items():
+        if isinstance(v, Tensor) and isinstance(live.get(k), Tensor):
+            live[k].copy_(v)
+        else:
+            live[k] = v
+
+
+_COPIED = (list, dict, set, collections.deque)
+_SKIPPED = ("_parameters", "_buffers", "_modules", "_trainer", "trainer", "training")
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Counters, flags, lists and loose tensors a step may change; containers are copied one level deep."""
+    out: dict[str, Any] = {}
+    for name, value in module.__dict__.items():
+        if name in _SKIPPED or "hooks" in name:
+            continue
+        if isinstance(value, Tensor):
+            out[name] = (value, value.detach().clone())
+        elif type(value) in _COPIED:
+            out[name] = (value, value.copy())
+        elif isinstance(value, (int, float, str, bool, tuple, type(None))):
+            out[name] = (value, value)
+    return out
+
+
+def _restore_attributes(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    for name, (value, copied) in saved.items():
+        if isinstance(value, Tensor):
+            value.copy_(copied)
+        elif isinstance(value, (list, collections.deque)):
+            value.clear()
+            value.extend(copied)
+        elif isinstance(value, (dict, set)):
+            value.clear()
+            value.update(copied)
+        module.__dict__[name] = value

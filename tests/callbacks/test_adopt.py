@@ -1,0 +1,124 @@
+"""Laws of adoption: Lightning's own callbacks become ours with every setting, and theirs stays readable."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+
+from fasttrain.callbacks import (
+    Callback,
+    CallbackList,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    Timer,
+    adopt,
+)
+from fasttrain.errors import FasttrainWarning
+
+CHECKPOINTS: list[dict[str, Any]] = [
+    {},
+    {
+        "dirpath": "somewhere",
+        "filename": "{epoch}",
+        "monitor": "x",
+        "mode": "max",
+        "save_top_k": 4,
+        "save_last": "link",
+    },
+    {"every_n_train_steps": 7, "save_top_k": -1, "save_weights_only": True, "verbose": True, "save_on_exception": True},
+    {"train_time_interval": timedelta(minutes=3), "auto_insert_metric_name": False, "save_last": True},
+    {"every_n_epochs": 0, "save_on_train_epoch_end": False, "enable_version_counter": False},
+]
+
+
+@pytest.mark.parametrize("settings", CHECKPOINTS)
+def test_a_model_checkpoint_keeps_its_settings(settings: dict[str, Any]) -> None:
+    """Every argument of its constructor, and its key in a checkpoint."""
+    theirs = pl.callbacks.ModelCheckpoint(**settings)
+    ours = adopt(theirs)
+    assert isinstance(ours, ModelCheckpoint)
+    assert ours.state_key == theirs.state_key
+    for name in inspect.signature(pl.callbacks.ModelCheckpoint).parameters:
+        wanted = getattr(theirs, name) if hasattr(theirs, name) else getattr(theirs, f"_{name}")
+        assert getattr(ours, name) == wanted, name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"min_delta": 0.5, "patience": 7, "verbose": True, "mode": "max", "strict": False, "check_finite": False},
+        {"stopping_threshold": 1.0, "divergence_threshold": 2.0, "min_delta": 0.5, "check_on_train_epoch_end": True},
+        {"log_rank_zero_only": True},
+    ],
+)
+def test_early_stopping_keeps_its_settings(settings: dict[str, Any]) -> None:
+    """Every argument of its constructor, and its key in a checkpoint."""
+    theirs = pl.callbacks.EarlyStopping("x", **settings)
+    ours = adopt(theirs)
+    assert isinstance(ours, EarlyStopping)
+    assert ours.state_key == theirs.state_key
+    for name in inspect.signature(pl.callbacks.EarlyStopping).parameters:
+        wanted = getattr(theirs, name) if hasattr(theirs, name) else getattr(theirs, f"_{name}")
+        assert getattr(ours, name) == wanted, name
+
+
+def test_what_ours_finds_out_is_written_to_theirs(tmp_path: Path, make_run: Callable[..., Any]) -> None:
+    """The user reads best_model_path and stopped_epoch from the objects they made."""
+    save, stop = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss"), pl.callbacks.EarlyStopping("val_loss")
+    run = make_run(adopt(save), adopt(stop))
+    run.fit([0.5, 0.4, 0.6, 0.7, 0.8, 0.9], epochs=6)
+    assert save.best_model_path == str(tmp_path / "epoch=1-step=8")
+    assert round(save.best_model_score.item(), 2) == 0.4
+    assert (stop.stopped_epoch, stop.wait_count, stop.stopping_reason.name) == (4, 3, "PATIENCE_EXHAUSTED")
+
+
+def test_timer_and_lr_monitor_keep_their_settings() -> None:
+    """And share what they measure with the object the user made."""
+    theirs = pl.callbacks.Timer("00:01:00:00", interval="epoch", verbose=False)
+    ours = adopt(theirs)
+    assert isinstance(ours, Timer)
+    assert (ours._duration, ours._interval, ours._verbose) == (3600.0, "epoch", False)
+    ours.on_train_start(None, None)  # type: ignore[arg-type]
+    assert theirs.start_time("train") == ours.start_time("train") is not None
+    monitor = pl.callbacks.LearningRateMonitor("epoch", log_momentum=True)
+    mine = adopt(monitor)
+    assert isinstance(mine, LearningRateMonitor)
+    assert (mine.logging_interval, mine.log_momentum, mine.log_weight_decay) == ("epoch", True, False)
+    assert mine.lrs is monitor.lrs
+
+
+def test_bars_and_summaries_are_dropped() -> None:
+    """Ours replace them; a user's own bar is dropped with a word about it."""
+
+    class MyBar(pl.callbacks.TQDMProgressBar):
+        pass
+
+    for theirs in (pl.callbacks.TQDMProgressBar(), pl.callbacks.RichProgressBar(), pl.callbacks.ModelSummary()):
+        assert adopt(theirs) is None
+    with pytest.warns(FasttrainWarning, match="MyBar"):
+        assert adopt(MyBar()) is None
+
+
+def test_everything_else_is_returned_as_it_is() -> None:
+    """The user's own code, also where it extends one of theirs."""
+
+    class MyCheckpoint(pl.callbacks.ModelCheckpoint):
+        pass
+
+    for callback in (Callback(), MyCheckpoint(), pl.callbacks.LambdaCallback(), ModelCheckpoint(), object()):
+        assert adopt(callback) is callback
+
+
+def test_adopted_callbacks_are_live_like_ours() -> None:
+    """The same hooks are called."""
+    ours, adopted = CallbackList([ModelCheckpoint()]), CallbackList([adopt(pl.callbacks.ModelCheckpoint())])
+    for hook in ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_end", "state_dict"):
+        assert len(ours.calls(hook)) == len(adopted.calls(hook)) == 1
