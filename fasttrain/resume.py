@@ -13,6 +13,7 @@ from torch import Tensor
 from fasttrain import checkpoint as disk
 from fasttrain.errors import CheckpointError
 from fasttrain.graphs.compile import CompileStep
+from fasttrain.graphs.verify import VerifiedStep
 from fasttrain.run import Run
 from fasttrain.state import rng_state
 
@@ -139,6 +140,7 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
 def complete_report(run: Run) -> None:
     """What only the running step knows: traces, direct calls, obstacles met on the way."""
     step, report = run.step, run.report
+    step = step.active if isinstance(step, VerifiedStep) else step
     if isinstance(step, CompileStep):
         report.traces, report.compile_s = step.traces, step.compile_s
         report.direct, report.why_guarded = step.direct, step.why_guarded

@@ -94,6 +94,21 @@ class Snapshot:
         set_rng_state(self._rng)
 
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers as they were, by name."""
+        values = {id(t): v for t, v in self._tensors}
+        return {n: values[id(b)] for n, b in self._module.named_buffers() if id(b) in values}
+
+    def values(self) -> dict[str, Tensor]:
+        """Weights and optimizer slots as they were, by name."""
+        kept = {id(t): v for t, v in self._tensors}
+        names = {p: n for n, p in self._module.named_parameters()}
+        out = {n: kept[id(p)] for p, n in names.items()}
+        for _, slots in self._slots:
+            out |= {f"{names.get(p, '?')}.{k}": v for p, s in slots.items() for k, v in s.items() if isinstance(v, Tensor)}
+        return out
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 

@@ -29,8 +29,12 @@ _RENAMED = {
 
 
 def live_hooks(callback: object) -> frozenset[str]:
-    """The names in `HOOKS` that this object really overrides, on its class or on itself."""
-    return frozenset(name for name in HOOKS if _overrides(callback, name))
+    """The names in `HOOKS` that this object really overrides, on its class or on itself.
+
+    A callback whose settings leave a hook with nothing to do names it in `idle_hooks`; it is not called then.
+    """
+    idle = getattr(callback, "idle_hooks", frozenset())
+    return frozenset(name for name in HOOKS if name not in idle and _overrides(callback, name))
 
 
 def _overrides(callback: object, name: str) -> bool:

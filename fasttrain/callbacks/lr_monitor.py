@@ -53,6 +53,10 @@ class LearningRateMonitor(Callback):
         self.last_weight_decay_values: dict[str, float] = {}
         self._logged_step = -1
 
+    @property
+    def idle_hooks(self) -> frozenset[str]:
+        return frozenset({"on_train_batch_start"}) if self.logging_interval == "epoch" else frozenset()
+
     def on_train_start(self, trainer: TrainerView, pl_module: Any) -> None:
         if not trainer.loggers and not trainer.fast_dev_run:
             then = "Give logger=True, or leave this callback out."

@@ -169,6 +169,11 @@ class ModelCheckpoint(Checkpoint):
             loaded = Kept(best_path=loaded.best_path)
         self._commit(loaded)
 
+    @property
+    def idle_hooks(self) -> frozenset[str]:
+        by_batch = self.every_n_train_steps > 0 or self.train_time_interval is not None
+        return frozenset() if by_batch else frozenset({"on_train_batch_end"})
+
     def setup(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
         self.dirpath = from_rank_zero(self.dirpath or default_dir(trainer), trainer.world_size)
 

@@ -20,7 +20,8 @@ from fasttrain.graphs.contract import describe
 from fasttrain.graphs.eager import EagerStep, Fire
 from fasttrain.graphs.explain import hook_obstacles, obstacle_from
 from fasttrain.graphs.program import StepOutput, StepSpec, check_loss, forward
-from fasttrain.graphs.tail import LossScale, tail_obstacle, trainable_params
+from fasttrain.graphs.tail import LossScale, StockTail, tail_obstacle, trainable_params
+from fasttrain.graphs.verify import VerifiedStep
 from fasttrain.module import IN_STEP_HOOKS, Trainable
 from fasttrain.options import Options
 from fasttrain.results import CaptureReport, Obstacle
@@ -97,6 +98,14 @@ def capture_step(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[
 
     Raises CaptureError when a rung was named and cannot be had.
     """
+    step, report = _choose(maker, batch, remaining_steps)
+    if maker.options.verify and isinstance(step, CompileStep):
+        stock = StockTail(maker.optimizer, step.params, maker.options, maker.scaler)
+        return VerifiedStep(step, maker.eager(), stock, maker.spec, maker.snapshot, maker.options.verify, report, maker.say), report
+    return step, report
+
+
+def _choose(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[Step, CaptureReport]:
     wanted = maker.options.capture
     report = CaptureReport(tail=_tail_name(maker), threads=torch.get_num_threads())
     report.obstacles = obstacles_of(maker)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from types import FunctionType
 from typing import Any
@@ -16,7 +18,7 @@ from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import Key, batch_size_of, key_of, reader_for, tensors_of
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values, make_micro_step
-from fasttrain.graphs.tail import LossScale, StockTail, Tail, make_tail, trainable_params
+from fasttrain.graphs.tail import LossScale, Tail, make_tail, trainable_params
 from fasttrain.module import Trainable
 from fasttrain.options import Options
 from fasttrain.results import LogKey, Obstacle
@@ -24,22 +26,26 @@ from fasttrain.results import LogKey, Obstacle
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
 
 
+# Ints on a module (counters) become symbols at their second value; a step that still changes is given up early.
+DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
+
+
 class Trace:
     """One ``torch.compile`` of the micro-step, and what its last guarded call really ran."""
 
-    def __init__(self, micro_step: Callable[..., Raw], sink: object, *, dynamic: bool, cpp_wrapper: bool) -> None:
-        self._sink = sink
+    def __init__(self, micro_step: Callable[..., Raw], sink: object, spec: StepSpec, *, dynamic: bool, cpp_wrapper: bool) -> None:
+        self._sink, self._spec = sink, spec
         self._patches = {"fallback_random": True, "cpp_wrapper": cpp_wrapper}
         self.count = 0
         self.entry: _Entry | None = None
         # A code object of its own: Dynamo's cache and its recompile limit belong to the code, not to the closure.
         assert isinstance(micro_step, FunctionType)
         own = FunctionType(micro_step.__code__.replace(), micro_step.__globals__, "micro_step", micro_step.__defaults__, micro_step.__closure__)
-        self._call = torch.compile(own, fullgraph=True, dynamic=dynamic, backend=self._backend)
+        self._call = torch.compile(own, fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        with torch._dynamo.config.patch(trace_autograd_ops=True, allow_unspec_int_on_nn_module=True):
+        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), _quiet():
             out: Raw = self._call(*args)
         return out
 
@@ -57,6 +63,18 @@ class Trace:
             return outs
 
         return recorded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Dynamo logs what we report in a sentence ourselves; its errors still come as exceptions."""
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class _Entry:
@@ -213,6 +231,29 @@ class CompileStep:
         names = {id(p): n for n, p in self._trainable.module.named_parameters()}
         return {names[id(p)]: g for p, g in zip(self.params, self._grads or (), strict=False) if g is not None and id(p) in names}
 
+    def held(self) -> tuple[Sequence[Tensor | None] | None, Tensor | None]:
+        """The open window's gradients in parameter order, and its losses' sum."""
+        return self._grads, self._bad
+
+    def hold(self, held: tuple[Sequence[Tensor | None] | None, Tensor | None]) -> None:
+        self._grads, self._bad = held
+
+    def parameter_names(self) -> list[str]:
+        names = {id(p): n for n, p in self._trainable.module.named_parameters()}
+        return [names.get(id(p), "") for p in self.params]
+
+    def untraced(self, batch: Any, batch_idx: int, *, first: bool, divisor: int) -> StepOutput:
+        """The same micro-step run op by op: what the traced one is compared with."""
+        self._divisor.fill_(divisor)
+        with self._spec.default_dtype():
+            raw = self._micro_step(batch, batch_idx, self._divisor if self._accumulates else None, None if self._scaler is None else self._scaler.tensor)
+        out = StepOutput(raw.loss, *keys_and_values(raw.items), raw.returned, raw.grads)
+        if first:
+            self._grads, self._bad = out.grads, out.loss
+        else:
+            self._accumulate(out)
+        return out
+
     def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         names = {id(p): n for n, p in self._trainable.module.named_parameters()}
         self._grads = [gradients[n].to(p.device) if (n := names.get(id(p), "")) in gradients else None for p in self.params]
@@ -237,7 +278,8 @@ class CompileStep:
         trace = self._trace_for(key)
         raw = self._traced(trace, args) if trace is not None else None
         if raw is None or trace is None:
-            raw, self._plan = self._micro_step(*args), None
+            with self._spec.default_dtype():
+                raw, self._plan = self._micro_step(*args), None
         else:
             self._make_plan(trace, raw, batch, key)
         keys, values = keys_and_values(raw.items)
@@ -290,7 +332,7 @@ class CompileStep:
 
     def _trace(self, *, dynamic: bool) -> Trace:
         if self._traces.get(dynamic) is None:
-            self._traces[dynamic] = Trace(self._micro_step, self._trainable.sink, dynamic=dynamic, cpp_wrapper=self._cpp_wrapper)
+            self._traces[dynamic] = Trace(self._micro_step, self._trainable.sink, self._spec, dynamic=dynamic, cpp_wrapper=self._cpp_wrapper)
         trace = self._traces[dynamic]
         assert trace is not None
         return trace
@@ -312,9 +354,5 @@ class CompileStep:
         self._grads = [next(sums) if a is not None and b is not None else (a if b is None else b) for a, b in zip(old, out.grads, strict=True)]
         if out.loss is not None:
             self._bad = out.loss if self._bad is None else self._bad + out.loss
-
-    @property
-    def stock(self) -> bool:
-        return isinstance(self.tail, StockTail)
 
 

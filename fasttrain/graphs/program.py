@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,20 @@ class StepSpec:
             return torch.autocast(self.device.type, dtype=MIXED_DTYPES[self.precision], cache_enabled=cache)
         return nullcontext()
 
+    def default_dtype(self) -> AbstractContextManager[Any]:
+        """Within: tensors a step makes from nothing have the run's dtype."""
+        return _default_dtype(TRUE_DTYPES[self.precision]) if self.precision in TRUE_DTYPES else nullcontext()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
 
 class StepOutput(NamedTuple):
     """One micro-step: the undivided loss ``[]``, what was logged, and what the step returned if anybody reads it."""
@@ -62,7 +76,7 @@ def forward(trainable: Trainable, spec: StepSpec, stage: str, batch: Any, batch_
     try:
         if spec.precision in TRUE_DTYPES:
             batch = cast_floats(batch, TRUE_DTYPES[spec.precision])
-        with spec.autocast():
+        with spec.autocast(), spec.default_dtype():
             output = trainable.step(stage)(batch, batch_idx, dataloader_idx)
         return output, sink.items
     finally:

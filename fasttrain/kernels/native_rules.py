@@ -6,7 +6,6 @@ State is exactly what torch.optim would have made (torch 2.13, `SGD._init_group`
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -64,10 +63,14 @@ def rule_of(optimizer: Optimizer) -> Rule | None:
     """The rule of a torch SGD, Adam or AdamW, or of a subclass that leaves their step alone."""
     for base, rule in ((SGD, _SGD), (Adam, _ADAM)):
         if isinstance(optimizer, base):
-            own: Any = type(optimizer)
-            same = inspect.unwrap(own.step) is inspect.unwrap(base.step)
-            return rule if same and own._init_group is base._init_group else None
+            return rule if all(_is_torchs_own(type(optimizer), name) for name in ("step", "_init_group")) else None
     return None
+
+
+def _is_torchs_own(cls: type, name: str) -> bool:
+    """Where is ``name`` defined? Function identity does not tell: torch wraps ``step`` class by class as it goes."""
+    owner = next(c for c in cls.__mro__ if name in vars(c))
+    return owner.__module__.startswith("torch.optim.")
 
 
 def obstacle(optimizer: Optimizer) -> str | None:

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.optim import AdamW
 
 from fasttrain.errors import KernelError
@@ -41,6 +43,16 @@ def test_norm_equals_the_reference(dtype, norm_type):
     tensors = make_params(dtype=dtype)
     wanted = reference.grad_norm(tensors, norm_type)
     assert abs(native_lists.norm(tensors, norm_type) - wanted) <= 3e-7 * wanted
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 20_000), st.sampled_from(DTYPES), st.integers(1, 3)), max_size=8))
+def test_norm_of_any_list(parts):
+    """Lists of any sizes, dtypes and strides."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=generator).to(dtype)[::stride] for n, dtype, stride in parts]
+    wanted = reference.grad_norm(tensors)
+    assert abs(native_lists.norm(tensors, 2.0) - wanted) <= 3e-7 * wanted
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-19, 1.0, 1e18, 1e25, 1e37])

@@ -164,6 +164,20 @@ def test_norm_and_clip_see_scaled_gradients():
     assert_near(params, wanted)
 
 
+@pytest.mark.parametrize(("size", "max_norm"), [(1e-3, 1e9), (1e-9, 1e-6), (0.0, 1.0), (1.0, 0.0)])
+def test_limits_at_their_ends(size, max_norm):
+    """Far below its limit a gradient is left as it is; near zero the 1e-6 of clip_grad_norm_ counts; 0 stops all."""
+    wanted = make_params()
+    params, _optimizer, tail = tail_of(SGD, {"lr": 1.0})
+    with torch.no_grad():
+        for p in (*wanted, *params):
+            p.zero_()
+    grads = make_grads(params, 0, scale=size)
+    stock_step(SGD(wanted, lr=1.0), wanted, grads, max_norm)
+    tail.step(grads, max_norm=max_norm)
+    assert_near(params, wanted)
+
+
 def test_some_parameters_only():
     """A tail over some of the parameters leaves the others, and their state, alone."""
     params = make_params()

@@ -1,0 +1,136 @@
+"""``verify=n``: the first n captured steps beside eager ones from the same snapshot; a difference is named and ends capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.graphs.compile import CompileStep
+from fasttrain.graphs.eager import EagerStep
+from fasttrain.graphs.program import MIXED_DTYPES, StepOutput, StepSpec
+from fasttrain.graphs.tail import StockTail
+from fasttrain.results import CaptureReport, Obstacle
+from fasttrain.state import Snapshot
+
+
+class VerifiedStep:
+    """A compiled step that is checked while ``left`` lasts, then steps out of the way."""
+
+    rung = "compile"
+    takes_closure = False
+
+    def __init__(
+        self, step: CompileStep, eager: EagerStep, stock: StockTail, spec: StepSpec, snapshot: Callable[[], Snapshot],
+        steps: int, report: CaptureReport, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.active: CompileStep | EagerStep = step
+        self._step, self._eager, self._stock = step, eager, stock
+        self._snapshot, self._left, self._total = snapshot, steps, steps
+        self._report, self._say = report, say
+        # Sums are taken in another order by the compiled code: rounding of the forward's dtype, a few hundred terms deep.
+        self._coarse = spec.precision in MIXED_DTYPES or spec.precision == "bf16-true"
+        self._ratio = {"64-true": 1e-10, "32-true": 1e-4, "bf16-true": 0.3}.get(spec.precision, 0.1)
+
+    @property
+    def epoch(self) -> int:
+        return self.active.epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._step.epoch = self._eager.epoch = value
+
+    def refresh(self) -> None:
+        self.active.refresh()
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self.active.gradients()
+
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+        self.active.load_gradients(gradients)
+
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+        """The captured micro-step and the same one traced by nobody, compared in loss, gradients, logged values and buffers."""
+        if self.active is not self._step:
+            return self.active.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+        before = self._snapshot()
+        held = self._step.held()
+        out = self._step.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+        after, got = self._snapshot(), self._step.gradients()
+        buffers = after.buffers()
+        before.restore()
+        self._step.hold(held)
+        truth = self._step.untraced(batch, batch_idx, first=first, divisor=divisor)
+        wanted, true_buffers = self._step.gradients(), self._snapshot().buffers()
+        # A gradient that is zero but for cancellation is noise of the size of its neighbours.
+        largest = max(map(_largest, wanted.values()), default=0.0)
+        gradients = [(f"the gradient of {n}", got.get(n), wanted.get(n)) for n in sorted({*got, *wanted})]
+        named = [("the loss", out.loss, truth.loss)]
+        named += [(f"the logged value {k.name}", a, b) for k, a, b in zip(truth.keys, out.values, truth.values, strict=False)]
+        named += [(f"the buffer {n}", buffers[n], true_buffers[n]) for n in true_buffers]
+        wrong = self._differences(named) or self._differences(gradients, floor=0.05 * largest)
+        if wrong:
+            self._give_up(f"step {self._total - self._left}: {wrong}")
+            self._eager.load_gradients(wanted)
+            return truth._replace(grads=None)
+        after.restore()
+        self._step.hold((list(self._in_order(got)), out.loss))
+        return out
+
+    def update_step(self, rescale: float) -> bool:
+        """The fused update and torch's own from the same weights and gradients, compared in weights and slots."""
+        if self.active is not self._step:
+            return self.active.update_step(rescale)
+        before = self._snapshot()
+        grads, loss = self._step.held()
+        copies = [None if g is None else g.clone() for g in grads or ()]
+        stepped = self._step.update_step(rescale)
+        after = self._snapshot()
+        before.restore()
+        self._stock.step(copies, rescale, loss)
+        truth = self._snapshot()
+        wrong = self._differences([(f"the weight or slot {n}", after.values()[n], v) for n, v in truth.values().items()])
+        self._left -= 1
+        if wrong:
+            self._give_up(f"the update of step {self._total - self._left - 1}: {wrong}")
+            return stepped
+        after.restore()
+        self._step.refresh()
+        if self._left == 0:
+            self._say(f"verify: {self._total} captured steps agree with eager ones")
+            self._report.why += f"; {self._total} steps verified"
+            self.micro_step, self.update_step = self._step.micro_step, self._step.update_step  # type: ignore[method-assign]
+        return stepped
+
+    def _in_order(self, named: dict[str, Tensor]) -> Sequence[Tensor | None]:
+        return [named.get(n) for n in self._step.parameter_names()]
+
+    def _give_up(self, where: str) -> None:
+        self._report.obstacles.append(Obstacle(f"verify found a difference at {where}", advice="The run goes on eagerly; please report it."))
+        self._report.rung, self._report.whole, self._report.why = "eager", False, "the captured step differed from the eager one"
+        self._say(f"verify: {self._report.obstacles[-1]}")
+        self.active, self.rung = self._eager, "eager"
+
+    def _differences(self, named: Sequence[tuple[str, Any, Any]], *, floor: float = 0.0) -> str:
+        """The first pair further apart than rounding explains, in words; empty when there is none. Host reads."""
+        for name, a, b in named:
+            if (a is None) != (b is None):
+                return f"{name} is missing on one side"
+            if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+                continue
+            x, y = a.detach().double(), b.detach().double()
+            size = _rms if self._coarse else _largest  # single elements of a bf16 gradient are mostly rounding
+            scale, apart = size(y), size(x - y)
+            if not torch.equal(x.isfinite(), y.isfinite()) or apart > self._ratio * max(scale, floor) + 1e-12:
+                return f"{name} is off by {apart:.3g} (its size {scale:.3g})"
+        return ""
+
+
+def _largest(t: Tensor) -> float:
+    return float(t.abs().max()) if t.numel() else 0.0
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt()) if t.numel() else 0.0

@@ -1,0 +1,29 @@
+"""What every test shares: one thread, so that sums add up in one order, and the slow half on request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run what repeats a law at a cost: more modules compiled, more resume points")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: repeats a law on more modules; run with --slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    kept = [i for i in items if "slow" not in i.keywords]
+    config.hook.pytest_deselected(items=[i for i in items if "slow" in i.keywords])
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
