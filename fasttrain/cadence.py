@@ -40,7 +40,9 @@ def validation_interval(total: float, interval: int | float, *, across_epochs: b
     if total == INF:
         if interval == 1.0:
             return INF
-        raise OptionError(reject("val_check_interval", interval, "an integer or 1.0, because the loader has no length", "Give a number of batches."))
+        raise OptionError(
+            reject("val_check_interval", interval, "an integer or 1.0, because the loader has no length", "Give a number of batches.")
+        )
     return max(1, int(total * interval))
 
 

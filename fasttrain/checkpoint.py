@@ -44,7 +44,13 @@ def write(path: Path, checkpoint: Mapping[str, Any]) -> Path:
         save_file(loose, part / STATE)
         (part / TREE).write_text(json.dumps(tree, allow_nan=False))
         files = {name: {"bytes": (part / name).stat().st_size, "sha256": _digest(part / name)} for name in (MODEL, STATE, TREE)}
-        manifest = {"format": FORMAT, "torch": torch.__version__, "epoch": checkpoint.get("epoch"), "global_step": checkpoint.get("global_step"), "files": files}
+        manifest = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "epoch": checkpoint.get("epoch"),
+            "global_step": checkpoint.get("global_step"),
+            "files": files,
+        }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for name in (*files, MANIFEST):
             _fsync(part / name)
@@ -75,8 +81,10 @@ def read(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> None:
     """Raise CheckpointError when ``path`` is no checkpoint of ours or any of its files is not what was written."""
     if path.is_file():
-        raise CheckpointError(f"ckpt_path {path}: a file; wanted a fasttrain checkpoint directory. Pickled .ckpt files are not loaded: "
-                              "they can run code. Load its weights yourself with torch.load(..., weights_only=True).")  # fmt: skip
+        raise CheckpointError(
+            f"ckpt_path {path}: a file; wanted a fasttrain checkpoint directory. Pickled .ckpt files are not loaded: "
+            "they can run code. Load its weights yourself with torch.load(..., weights_only=True)."
+        )
     if not (path / MANIFEST).is_file():
         what = "has no manifest.json: it is not a checkpoint, or not a whole one" if path.is_dir() else "does not exist"
         raise CheckpointError(f"ckpt_path {path}: {what}. Give 'last', 'best' or a checkpoint directory.")
@@ -84,7 +92,9 @@ def verify(path: Path) -> None:
         files = json.loads((path / MANIFEST).read_text())["files"]
         for name, said in files.items():
             if (path / name).stat().st_size != said["bytes"] or _digest(path / name) != said["sha256"]:
-                raise CheckpointError(f"checkpoint {path}: {name} is damaged (its checksum is not the manifest's). Use an older checkpoint.")
+                raise CheckpointError(
+                    f"checkpoint {path}: {name} is damaged (its checksum is not the manifest's). Use an older checkpoint."
+                )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path}: it cannot be read ({error}). Use an older checkpoint.") from error
 
@@ -139,8 +149,10 @@ def _encode_rare(value: Any, where: str) -> Any:
         return int(value)
     if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():
         return value.item()
-    raise CheckpointError(f"{where}: got a {type(value).__name__}; wanted tensors, numbers, strings, None and lists, tuples, sets or dicts of them. "
-                          "Checkpoints hold no pickled objects: save what rebuilds it, in on_save_checkpoint or a state_dict().")  # fmt: skip
+    raise CheckpointError(
+        f"{where}: got a {type(value).__name__}; wanted tensors, numbers, strings, None and lists, tuples, sets or dicts of them. "
+        "Checkpoints hold no pickled objects: save what rebuilds it, in on_save_checkpoint or a state_dict()."
+    )
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,20 +26,24 @@ class Source:
         check_loader(loader, name)
         self.total = length_of(loader)
         if self.total == 0:
-            raise DataError(reject(name, "an empty loader", "at least one batch", "Look at the dataset's length, batch_size and drop_last."))
+            raise DataError(
+                reject(name, "an empty loader", "at least one batch", "Look at the dataset's length, batch_size and drop_last.")
+            )
         self.batches = limited(limit_name, self.total, limit)
         self.workers = int(getattr(loader, "num_workers", 0) or 0)
         self._fast = in_memory_tensors(loader)
 
     @property
     def road(self) -> str:
-        """"tensors" when rows are gathered straight from memory, else "loader"."""
+        """ "tensors" when rows are gathered straight from memory, else "loader"."""
         return "tensors" if self._fast else "loader"
 
     def set_epoch(self, epoch: int) -> None:
         """Tell every sampler that wants to know."""
-        for part in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None),
-                     getattr(getattr(self.loader, "batch_sampler", None), "sampler", None), getattr(self.loader, "dataset", None)):  # fmt: skip
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        inner = getattr(batch_sampler, "sampler", None)
+        parts: list[Any] = [self.loader, getattr(self.loader, "sampler", None), batch_sampler, inner, getattr(self.loader, "dataset", None)]
+        for part in {id(p): p for p in parts}.values():
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
 
@@ -64,8 +68,10 @@ class Source:
                 return
             except RuntimeError as error:
                 if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
-                    raise DataError(f"{self.name}: a loader worker died ({error}). Out of memory is the usual cause: "
-                                    "lower num_workers or the batch size, or try num_workers=0 to see the error.") from error  # fmt: skip
+                    raise DataError(
+                        f"{self.name}: a loader worker died ({error}). Out of memory is the usual cause: "
+                        "lower num_workers or the batch size, or try num_workers=0 to see the error."
+                    ) from error
                 raise
             yield batch
 
@@ -107,14 +113,32 @@ END: Any = _END
 def check_loader(loader: Any, name: str) -> None:
     """Raise DataError for what is not an iterable of batches, a dataset above all."""
     if isinstance(loader, Dataset):
-        raise DataError(reject(name, f"a dataset ({type(loader).__name__})", "an iterable of batches",
-                               f"Wrap it: torch.utils.data.DataLoader({name.split('_')[0]}_set, batch_size=32)."))  # fmt: skip
+        raise DataError(
+            reject(
+                name,
+                f"a dataset ({type(loader).__name__})",
+                "an iterable of batches",
+                f"Wrap it: torch.utils.data.DataLoader({name.split('_')[0]}_set, batch_size=32).",
+            )
+        )
     if isinstance(loader, (str, bytes, Tensor, dict)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        raise DataError(reject(name, type(loader).__name__, "a DataLoader or another iterable of batches",
-                               "For tensors: DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)."))  # fmt: skip
+        raise DataError(
+            reject(
+                name,
+                type(loader).__name__,
+                "a DataLoader or another iterable of batches",
+                "For tensors: DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True).",
+            )
+        )
     if isinstance(loader, Iterator):
-        raise DataError(reject(name, f"a one-time iterator ({type(loader).__name__})", "something each epoch can iterate again",
-                               "Give the DataLoader itself, or a list of batches."))  # fmt: skip
+        raise DataError(
+            reject(
+                name,
+                f"a one-time iterator ({type(loader).__name__})",
+                "something each epoch can iterate again",
+                "Give the DataLoader itself, or a list of batches.",
+            )
+        )
 
 
 def length_of(loader: Any) -> float:
@@ -142,12 +166,12 @@ def in_memory_tensors(loader: Any) -> tuple[list[Tensor], Tensor | None] | None:
         return None
     if isinstance(loader.sampler, RandomSampler) and (loader.sampler.replacement or loader.sampler._num_samples is not None):
         return None
-    dataset, rows = loader.dataset, None
+    dataset, rows, sampler = loader.dataset, None, cast(Any, loader.sampler)
     while type(dataset) is Subset:
         indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
         rows = indices if rows is None else indices[rows]
         dataset = dataset.dataset
-    if type(dataset) is not TensorDataset or loader.sampler.data_source is not loader.dataset:
+    if type(dataset) is not TensorDataset or sampler.data_source is not loader.dataset:
         return None
     plain = all(t.device.type == "cpu" and t.layout == torch.strided and not t.requires_grad and type(t) is Tensor for t in dataset.tensors)
     return (list(dataset.tensors), rows) if plain and dataset.tensors else None
@@ -171,7 +195,7 @@ def _blocks(loader: Any, tensors: Sequence[Tensor], order: Tensor | None, skip: 
     take = _taker(order)
     for start in range(skip * size, end, block):
         stop = min(start + block, end)
-        parts = [take(t, start, stop).split(size) for t in tensors]
+        parts = [torch.split(take(t, start, stop), size) for t in tensors]
         for batch in zip(*parts, strict=True):
             yield list(batch)
     if getattr(loader.sampler, "generator", None) is not None:

@@ -42,20 +42,36 @@ class Display:
             rate = (progress.batches_seen - seen) / max(now - then, 1e-9)
             self._rate = rate if self._rate is None else 0.5 * (self._rate + rate)
             self._mark = (now, progress.batches_seen)
-        self._bar.update(Snapshot(
-            stage="train", epoch=progress.epoch, max_epochs=_epochs(facade), batch=progress.batches_done,
-            total_batches=None if math.isinf(facade.num_training_batches) else int(facade.num_training_batches),
-            global_step=progress.global_step, loss=self.running_loss(), metrics=facade.progress_bar_metrics,
-            batches_per_s=self._rate, seconds_left=_left(facade, self._rate, now, deadline), rung=self.rung,
-        ))  # fmt: skip
+        self._bar.update(
+            Snapshot(
+                stage="train",
+                epoch=progress.epoch,
+                max_epochs=_epochs(facade),
+                batch=progress.batches_done,
+                total_batches=None if math.isinf(facade.num_training_batches) else int(facade.num_training_batches),
+                global_step=progress.global_step,
+                loss=self.running_loss(),
+                metrics=facade.progress_bar_metrics,
+                batches_per_s=self._rate,
+                seconds_left=_left(facade, self._rate, now, deadline),
+                rung=self.rung,
+            )
+        )
         self.due = now + self._bar.interval
 
     def evaluate(self, facade: TrainerFacade, stage: str, batch: int, total: float, now: float) -> None:
         """Show an evaluation stage."""
-        self._bar.update(Snapshot(
-            stage=stage, epoch=facade.progress.epoch, max_epochs=_epochs(facade), batch=batch,
-            total_batches=None if math.isinf(total) else int(total), global_step=facade.progress.global_step, rung=self.rung,
-        ))  # fmt: skip
+        self._bar.update(
+            Snapshot(
+                stage=stage,
+                epoch=facade.progress.epoch,
+                max_epochs=_epochs(facade),
+                batch=batch,
+                total_batches=None if math.isinf(total) else int(total),
+                global_step=facade.progress.global_step,
+                rung=self.rung,
+            )
+        )
         self.due = now + self._bar.interval
 
     def running_loss(self) -> float | None:

@@ -65,6 +65,14 @@ class Strategy:
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
 
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, clip_val: float | None = None, gradient_clip_algorithm: str = "norm") -> None:
+        """Where a module's ``self.clip_gradients`` ends."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(params, clip_val)
+        elif clip_val:
+            torch.nn.utils.clip_grad_norm_(params, clip_val)
+
 
 class TrainerFacade:
     """A run as its module and callbacks see it; names are Lightning's."""
@@ -161,6 +169,18 @@ class TrainerFacade:
     @property
     def precision(self) -> str:
         return self.options.precision
+
+    @property
+    def precision_plugin(self) -> Strategy:
+        return self.strategy
+
+    @property
+    def gradient_clip_val(self) -> float | None:
+        return self.options.gradient_clip_val
+
+    @property
+    def gradient_clip_algorithm(self) -> str | None:
+        return None if self.options.gradient_clip_val is None else self.options.gradient_clip_algorithm
 
     @property
     def log_every_n_steps(self) -> int:
@@ -304,7 +324,9 @@ class TrainerFacade:
         step = how["on_step"] if how["on_step"] is not None else on_step
         epoch = how["on_epoch"] if how["on_epoch"] is not None else not on_step
         key = LogKey(name, how["prog_bar"], how["logger"], step, epoch, reduce_named(how["reduce_fx"]), how["batch_size"])
-        (self.eval_store if self.state.stage in ("validate", "test") else self.train_store).log(key, value, self.last_batch_size if on_step else 1)
+        (self.eval_store if self.state.stage in ("validate", "test") else self.train_store).log(
+            key, value, self.last_batch_size if on_step else 1
+        )
 
     def set_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.strategy.optimizers[:] = optimizers

@@ -28,9 +28,13 @@ from fasttrain.setup import evaluation_sources, make_run, prepare_training, set_
 
 
 def compile_fit(
-    module: nn.Module, *, loss: Callable[..., Tensor] | None = None, optimizer: Any = None, lr_scheduler: Any = None,
+    module: nn.Module,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    optimizer: Any = None,
+    lr_scheduler: Any = None,
     **options: Unpack[OptionsDict],
-) -> CompiledFit:  # fmt: skip
+) -> CompiledFit:
     """Give a module, get a trainer whose optimizer step is one captured callable.
 
     Args:
@@ -64,7 +68,9 @@ class CompiledFit:
 
     def __init__(self, module: nn.Module, options: Options, *, loss: Any, optimizer: Any, lr_scheduler: Any) -> None:
         if not isinstance(module, nn.Module):
-            raise ModuleError(reject("module", f"a {type(module).__name__}", "a torch.nn.Module", "Give the module itself, not its class or its path."))
+            raise ModuleError(
+                reject("module", f"a {type(module).__name__}", "a torch.nn.Module", "Give the module itself, not its class or its path.")
+            )
         self.options = options
         self.result: FitResult | None = None
         self._trainable = Trainable(module, loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler)
@@ -73,9 +79,13 @@ class CompiledFit:
 
     # -- what people call ---------------------------------------------------------------------------------------
     def fit(
-        self, train_dataloaders: Any = None, val_dataloaders: Any = None, *, datamodule: Any = None,
+        self,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
-    ) -> FitResult:  # fmt: skip
+    ) -> FitResult:
         """Train. ``ckpt_path``: "last", "best" or a checkpoint directory resumes exactly where it was written.
 
         Returns what the run came to; ctrl-C ends the run after the present batch, writes a checkpoint, and raises
@@ -103,7 +113,9 @@ class CompiledFit:
             raise KeyboardInterrupt
         return self.result
 
-    def validate(self, dataloaders: Any = None, *, datamodule: Any = None, ckpt_path: str | os.PathLike[str] | None = None) -> dict[str, float]:
+    def validate(
+        self, dataloaders: Any = None, *, datamodule: Any = None, ckpt_path: str | os.PathLike[str] | None = None
+    ) -> dict[str, float]:
         """Run ``validation_step`` over the loader(s); returns the metrics."""
         return self._evaluate("validate", dataloaders, datamodule, ckpt_path)
 
@@ -196,6 +208,11 @@ def _result(run: Run) -> FitResult:
     facade = run.facade
     best = next((c.best_model_path for c in facade.checkpoint_callbacks if c.best_model_path), None)
     return FitResult(
-        metrics=to_floats(facade.callback_metrics), steps=facade.global_step, epochs=facade.current_epoch, best_checkpoint=best,
-        stopped_by=run.stopped_by, ledger=run.ledger, capture=run.report,
-    )  # fmt: skip
+        metrics=to_floats(facade.callback_metrics),
+        steps=facade.global_step,
+        epochs=facade.current_epoch,
+        best_checkpoint=best,
+        stopped_by=run.stopped_by,
+        ledger=run.ledger,
+        capture=run.report,
+    )

@@ -62,7 +62,8 @@ def _epoch(run: Run) -> None:
         facade.log_on_step = False
         run.epoch_complete = ahead.last
     else:
-        run.resume, run.epoch_complete = _put_back(run.resume), True
+        _put_back(run)
+        run.epoch_complete = True
     _end_epoch(run)
 
 
@@ -74,13 +75,15 @@ def _open_pass(run: Run) -> Lookahead:
         set_rng_state(resume["epoch_rng"])
     run.epoch_rng = rng_state()
     ahead = Lookahead(train.one_pass(progress.batches_done), train.batches, train.total, progress.batches_done)
-    run.resume = _put_back(resume)
+    _put_back(run)
     return ahead
 
 
-def _put_back(resume: dict[str, Any] | None) -> None:
-    if resume is not None:
-        set_rng_state(resume["rng"])
+def _put_back(run: Run) -> None:
+    """After a resume: the random streams as they were when the checkpoint was written."""
+    if run.resume is not None:
+        set_rng_state(run.resume["rng"])
+        run.resume = None
 
 
 def _batches(run: Run, ahead: Lookahead) -> None:
@@ -93,7 +96,9 @@ def _batches(run: Run, ahead: Lookahead) -> None:
     interval = _interval(run)
     transfer, loggers, log_every = run.transfer(), facade.loggers, options.log_every_n_steps
     starts, ends = run.live("on_train_batch_start", "on_batch_start"), run.live("on_train_batch_end", "on_batch_end")
-    foreign = transfer is not None or run.foreign("on_train_batch_start", "on_train_batch_end", "on_batch_start", "on_batch_end", "lr_scheduler_step")
+    foreign = transfer is not None or run.foreign(
+        "on_train_batch_start", "on_train_batch_end", "on_batch_start", "on_batch_end", "lr_scheduler_step"
+    )
     by_step = [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau]
     by_epoch = [s for s in run.schedulers if s.interval == "epoch" and not s.reduce_on_plateau]
     deadline = math.inf if options.max_seconds is None else run.started + options.max_seconds
@@ -146,7 +151,9 @@ def _batches(run: Run, ahead: Lookahead) -> None:
             _validate(run)
         if last:
             progress.stepping_batches += 1
-        if (facade.should_stop or run.interrupted or now > deadline or progress.global_step == options.max_steps) and _stops(run, now > deadline):
+        if (facade.should_stop or run.interrupted or now > deadline or progress.global_step == options.max_steps) and _stops(
+            run, now > deadline
+        ):
             break
     if progress.window_open and step is not None:
         _update(run, step, divisor, batch_idx, by_step)  # a stop or an early end closes the window, it drops nothing

@@ -16,24 +16,79 @@ from fasttrain.errors import ModuleError, reject
 from fasttrain.results import LogKey, reduce_named
 
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
-IN_STEP_HOOKS = ("on_before_zero_grad", "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step",
-                 "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")  # fmt: skip
+IN_STEP_HOOKS = (
+    "on_before_zero_grad",
+    "on_before_backward",
+    "backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
 MODULE_HOOKS = (
-    "configure_callbacks", "prepare_data", "setup", "teardown", "configure_model", "configure_sharded_model",
-    "on_load_checkpoint", "on_save_checkpoint", "on_fit_start", "on_fit_end",
-    "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start", "on_train_batch_end",
-    "on_validation_start", "on_validation_end", "on_validation_epoch_start", "on_validation_epoch_end",
-    "on_validation_batch_start", "on_validation_batch_end", "on_validation_model_eval", "on_validation_model_train",
-    "on_test_start", "on_test_end", "on_test_epoch_start", "on_test_epoch_end", "on_test_batch_start", "on_test_batch_end",
-    "on_predict_start", "on_predict_end", "on_predict_epoch_start", "on_predict_epoch_end", "on_predict_batch_start",
-    "on_predict_batch_end", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
-    "lr_scheduler_step", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader",
-    "on_sanity_check_start", "on_sanity_check_end", "on_exception", *IN_STEP_HOOKS,
+    "configure_callbacks",
+    "prepare_data",
+    "setup",
+    "teardown",
+    "configure_model",
+    "configure_sharded_model",
+    "on_load_checkpoint",
+    "on_save_checkpoint",
+    "on_fit_start",
+    "on_fit_end",
+    "on_train_start",
+    "on_train_end",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_end",
+    "on_validation_epoch_start",
+    "on_validation_epoch_end",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_model_eval",
+    "on_validation_model_train",
+    "on_test_start",
+    "on_test_end",
+    "on_test_epoch_start",
+    "on_test_epoch_end",
+    "on_test_batch_start",
+    "on_test_batch_end",
+    "on_predict_start",
+    "on_predict_end",
+    "on_predict_epoch_start",
+    "on_predict_epoch_end",
+    "on_predict_batch_start",
+    "on_predict_batch_end",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "lr_scheduler_step",
+    "train_dataloader",
+    "val_dataloader",
+    "test_dataloader",
+    "predict_dataloader",
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+    "on_exception",
+    *IN_STEP_HOOKS,
     # older names, honoured at their old place
-    "on_batch_start", "on_batch_end", "on_epoch_start", "on_epoch_end", "on_pretrain_routine_start", "on_pretrain_routine_end",
-    "training_step_end", "validation_step_end", "test_step_end",
-    "training_epoch_end", "validation_epoch_end", "test_epoch_end",
-)  # fmt: skip
+    "on_batch_start",
+    "on_batch_end",
+    "on_epoch_start",
+    "on_epoch_end",
+    "on_pretrain_routine_start",
+    "on_pretrain_routine_end",
+    "training_step_end",
+    "validation_step_end",
+    "test_step_end",
+    "training_epoch_end",
+    "validation_epoch_end",
+    "test_epoch_end",
+)
 STAGE_STEPS = {"train": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
@@ -46,11 +101,22 @@ class Sink:
         self.on_step_default, self.on_epoch_default = True, False
 
     def log(
-        self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, on_step: bool | None = None,
-        on_epoch: bool | None = None, reduce_fx: Any = "mean", enable_graph: bool = False, sync_dist: bool = False,
-        sync_dist_group: Any = None, add_dataloader_idx: bool = True, batch_size: int | None = None,
-        metric_attribute: str | None = None, rank_zero_only: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
         """``self.log``: same arguments and defaults as Lightning's."""
         if isinstance(value, Tensor) and not enable_graph:
             value = value.detach()
@@ -60,8 +126,11 @@ class Sink:
             on_epoch = self.on_epoch_default if on_epoch is None else on_epoch
             self.items.append((name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx))
         elif self.outside is not None:
-            self.outside(name, value, dict(prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch,
-                                           reduce_fx=reduce_fx, batch_size=batch_size))  # fmt: skip
+            self.outside(
+                name,
+                value,
+                dict(prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch, reduce_fx=reduce_fx, batch_size=batch_size),
+            )
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """``self.log_dict``: ``self.log`` for each entry."""
@@ -80,7 +149,9 @@ def log_key(item: tuple[Any, ...], suffix: str = "") -> LogKey:
 class Trainable:
     """A module as the rest of the house sees it: one root ``nn.Module``, its steps, its hooks, its optimizer."""
 
-    def __init__(self, module: nn.Module, *, loss: Callable[..., Tensor] | None = None, optimizer: Any = None, lr_scheduler: Any = None) -> None:
+    def __init__(
+        self, module: nn.Module, *, loss: Callable[..., Tensor] | None = None, optimizer: Any = None, lr_scheduler: Any = None
+    ) -> None:
         self.module = module
         self.sink = Sink()
         self._loss, self._optimizer, self._scheduler = loss, optimizer, lr_scheduler
@@ -122,11 +193,18 @@ class Trainable:
         m = type(self.module).__name__
         if not isinstance(self.module, nn.Module):
             raise ModuleError(reject("module", m, "a torch.nn.Module", "Give the module itself, not its class or its path."))
-        if self._optimizer is None and (not hasattr(self.module, "configure_optimizers") or _is_lightnings(self.module, "configure_optimizers")):
-            raise ModuleError(f"{m} has no configure_optimizers: define it on the module, or give compile_fit(..., optimizer=torch.optim.AdamW(module.parameters())).")
+        if self._optimizer is None and (
+            not hasattr(self.module, "configure_optimizers") or _is_lightnings(self.module, "configure_optimizers")
+        ):
+            raise ModuleError(
+                f"{m} has no configure_optimizers: define it on the module, "
+                "or give compile_fit(..., optimizer=torch.optim.AdamW(module.parameters()))."
+            )
         if not self.has("train"):
-            raise ModuleError(f"{m} has no training_step: define training_step(self, batch, batch_idx) on the module, "
-                              "or give compile_fit(..., loss=fn) with fn(output, target).")  # fmt: skip
+            raise ModuleError(
+                f"{m} has no training_step: define training_step(self, batch, batch_idx) on the module, "
+                "or give compile_fit(..., loss=fn) with fn(output, target)."
+            )
 
     def _step_for(self, stage: str, name: str) -> Callable[[Any, int, int], Any] | None:
         method = getattr(self.module, name, None)
@@ -189,7 +267,7 @@ def loss_of(output: Any) -> Tensor | None:
     if output is None or isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
-        return output["loss"] if "loss" in output else None
+        return output.get("loss")
     return getattr(output, "loss", None)
 
 
@@ -246,7 +324,9 @@ def _adapt_step(method: Callable[..., Any], stage: str) -> Callable[[Any, int, i
     names = [p.name for p in inspect.signature(method).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     refused = [n for n in names if n in ("dataloader_iter", "optimizer_idx", "hiddens")]
     if refused and stage == "train":
-        raise ModuleError(f"training_step takes {refused[0]!r}, which this version does not hand over. Wanted training_step(self, batch, batch_idx).")
+        raise ModuleError(
+            f"training_step takes {refused[0]!r}, which this version does not hand over. Wanted training_step(self, batch, batch_idx)."
+        )
     count = _positional(method, 3)
     if count >= 3:
         return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx, dataloader_idx)

@@ -120,8 +120,10 @@ class MetricStore:
     def _column(self, key: LogKey) -> _Column:
         column = self._columns.setdefault(key.name, _Column(key))
         if column.key[1:6] != key[1:6]:
-            raise ModuleError(f"self.log({key.name!r}): logged twice with other arguments, {column.key[1:6]} and {key[1:6]}. "
-                              "Use the same arguments, or another name.")  # fmt: skip
+            raise ModuleError(
+                f"self.log({key.name!r}): logged twice with other arguments, {column.key[1:6]} and {key[1:6]}. "
+                "Use the same arguments, or another name."
+            )
         return column
 
     def _change_keys(self, keys: tuple[LogKey, ...]) -> None:
@@ -268,8 +270,15 @@ def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def reduce_named(fx: Any) -> Any:
     """``reduce_fx`` as one of our four names, or the function itself."""
-    names: dict[Callable[..., Any], str] = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max",
-                                            sum: "sum", min: "min", max: "max"}  # fmt: skip
+    names: dict[Callable[..., Any], str] = {
+        torch.mean: "mean",
+        torch.sum: "sum",
+        torch.min: "min",
+        torch.max: "max",
+        sum: "sum",
+        min: "min",
+        max: "max",
+    }
     fx = names.get(fx, fx)
     if isinstance(fx, str):
         fx = {"avg": "mean"}.get(fx, fx)

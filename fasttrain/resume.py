@@ -22,9 +22,11 @@ def save(run: Run, path: Path, weights_only: bool) -> Path:
     """Write the run as it stands at ``path``; returns the path."""
     started, progress = time.perf_counter(), run.facade.progress
     state: dict[str, Any] = {
-        "epoch": progress.epoch, "global_step": progress.global_step,
-        "state_dict": run.trainable.module.state_dict(), "hyper_parameters": _hparams(run),
-    }  # fmt: skip
+        "epoch": progress.epoch,
+        "global_step": progress.global_step,
+        "state_dict": run.trainable.module.state_dict(),
+        "hyper_parameters": _hparams(run),
+    }
     if not weights_only:
         state |= _training_state(run)
     run.callbacks_and_module("on_save_checkpoint", state)
@@ -45,13 +47,15 @@ def _training_state(run: Run) -> dict[str, Any]:
         "lr_schedulers": [c.scheduler.state_dict() for c in run.schedulers],
         "scaler": maker.scaler.state_dict() if maker.scaler else None,
         "callbacks": run.callbacks.state_dict(),
-        "rng": rng_state(), "epoch_rng": run.epoch_rng,
+        "rng": rng_state(),
+        "epoch_rng": run.epoch_rng,
         "open_gradients": run.step.gradients() if run.step is not None and progress.window_open else None,
         "train_metrics": facade.train_store.state(),
         "known_metrics": dict(facade.callback_metrics),
         "datamodule": _datamodule_state(facade.datamodule),
-        "torch_threads": run.report.threads, "rung": run.report.rung,
-    }  # fmt: skip
+        "torch_threads": run.report.threads,
+        "rung": run.report.rung,
+    }
 
 
 def _datamodule_state(datamodule: Any) -> Any:
@@ -72,7 +76,9 @@ def find(run: Run, ckpt_path: str | os.PathLike[str]) -> dict[str, Any]:
     if ckpt_path == "last":
         path = disk.newest(folders)
         if path is None:
-            raise CheckpointError(f"ckpt_path='last': no checkpoint below {', '.join(map(str, folders))}. Leave ckpt_path out to start anew.")
+            raise CheckpointError(
+                f"ckpt_path='last': no checkpoint below {', '.join(map(str, folders))}. Leave ckpt_path out to start anew."
+            )
     elif ckpt_path == "best":
         best = next((c.best_model_path for c in run.facade.checkpoint_callbacks if c.best_model_path), "")
         if not best:
@@ -96,7 +102,9 @@ def load_module(run: Run, saved: dict[str, Any]) -> None:
     run.callbacks_and_module("on_load_checkpoint", saved)
     table = _mismatch(module.state_dict(), saved["state_dict"])
     if table:
-        raise CheckpointError(f"the checkpoint does not fit {type(module).__name__}:\n{table}\nBuild the module as it was built when this was saved.")
+        raise CheckpointError(
+            f"the checkpoint does not fit {type(module).__name__}:\n{table}\nBuild the module as it was built when this was saved."
+        )
     module.load_state_dict(saved["state_dict"])
 
 
@@ -115,14 +123,20 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
     facade, maker = run.facade, run.maker
     assert maker is not None
     if "progress" not in saved:
-        raise CheckpointError("this checkpoint holds weights only: training cannot go on from it. Load it with validate/test/predict, or start anew.")
+        raise CheckpointError(
+            "this checkpoint holds weights only: training cannot go on from it. Load it with validate/test/predict, or start anew."
+        )
     if len(saved["lr_schedulers"]) != len(run.schedulers):
-        raise CheckpointError(f"the checkpoint has {len(saved['lr_schedulers'])} schedulers and configure_optimizers returned {len(run.schedulers)}. "
-                              "Return the same ones.")  # fmt: skip
+        raise CheckpointError(
+            f"the checkpoint has {len(saved['lr_schedulers'])} schedulers and configure_optimizers returned {len(run.schedulers)}. "
+            "Return the same ones."
+        )
     try:
         maker.optimizer.load_state_dict(saved["optimizer_states"][0])
     except ValueError as error:
-        raise CheckpointError(f"the checkpoint's optimizer does not fit this one: {error}. Return the same optimizer and groups.") from error
+        raise CheckpointError(
+            f"the checkpoint's optimizer does not fit this one: {error}. Return the same optimizer and groups."
+        ) from error
     for config, state in zip(run.schedulers, saved["lr_schedulers"], strict=True):
         config.scheduler.load_state_dict(state)
     if maker.scaler is not None and saved["scaler"] is not None:

@@ -24,8 +24,15 @@ def parse_optimizers(returned: Any) -> tuple[Optimizer, list[SchedulerConfig]]:
         raise ModuleError(reject(what, None, FORMS, "Return the optimizer you built."))
     optimizers, schedulers, monitor = _split(returned, what)
     if len(optimizers) != 1:
-        raise ModuleError(reject(what, f"{len(optimizers)} optimizers", "one optimizer", "Several optimizers are not trained by this version; "
-                                 "put the parameters into groups of one optimizer where the algorithm allows."))  # fmt: skip
+        raise ModuleError(
+            reject(
+                what,
+                f"{len(optimizers)} optimizers",
+                "one optimizer",
+                "Several optimizers are not trained by this version; "
+                "put the parameters into groups of one optimizer where the algorithm allows.",
+            )
+        )
     if not isinstance(optimizers[0], Optimizer) and not hasattr(optimizers[0], "param_groups"):
         raise ModuleError(reject(what, type(optimizers[0]).__name__, FORMS, "Return a torch.optim.Optimizer."))
     return optimizers[0], [_config(s, monitor) for s in schedulers if s is not None]
@@ -39,8 +46,10 @@ def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
     if not mine:
         raise ModuleError(f"{name} has no parameters: there is nothing to train. Register layers as attributes or in an nn.ModuleList.")
     if not any(id(p) in mine for p in held):
-        raise ModuleError(f"the optimizer holds {len(held)} parameters and none of them belongs to {name}: it would train another module. "
-                          "Build it from self.parameters() of the module you give, after replacing layers.")  # fmt: skip
+        raise ModuleError(
+            f"the optimizer holds {len(held)} parameters and none of them belongs to {name}: it would train another module. "
+            "Build it from self.parameters() of the module you give, after replacing layers."
+        )
     if not any(p.requires_grad for p in held):
         raise ModuleError(f"no parameter of the optimizer trains: all {len(held)} have requires_grad=False. Unfreeze at least one.")
 
@@ -68,8 +77,10 @@ def _monitored(run: Run, config: SchedulerConfig) -> Any:
         return metrics[config.monitor]
     if config.strict:
         names = ", ".join(sorted(metrics)) or "none"
-        raise ModuleError(f"the plateau scheduler monitors {config.monitor!r}, which was never logged. The metrics are: {names}. "
-                          "Log it in validation_step, or set strict=False.")  # fmt: skip
+        raise ModuleError(
+            f"the plateau scheduler monitors {config.monitor!r}, which was never logged. The metrics are: {names}. "
+            "Log it in validation_step, or set strict=False."
+        )
     return None
 
 
@@ -94,18 +105,21 @@ def _config(scheduler: Any, monitor: str | None) -> SchedulerConfig:
     given = dict(scheduler) if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
     unknown = [k for k in given if k not in KEYS]
     if unknown or "scheduler" not in given:
-        raise ModuleError(reject("lr_scheduler", f"a dict with keys {sorted(given)}", f"'scheduler' and any of {KEYS[1:]}", "Correct the keys."))
+        raise ModuleError(
+            reject("lr_scheduler", f"a dict with keys {sorted(given)}", f"'scheduler' and any of {KEYS[1:]}", "Correct the keys.")
+        )
     made = SchedulerConfig(**({"monitor": monitor} | given))
     if not callable(getattr(made.scheduler, "step", None)):
-        raise ModuleError(reject("lr_scheduler", type(made.scheduler).__name__, "an object with step()", "Return a torch.optim.lr_scheduler."))
+        raise ModuleError(
+            reject("lr_scheduler", type(made.scheduler).__name__, "an object with step()", "Return a torch.optim.lr_scheduler.")
+        )
     made.reduce_on_plateau |= isinstance(made.scheduler, ReduceLROnPlateau)
     if made.interval not in ("step", "epoch"):
         raise ModuleError(reject("lr_scheduler interval", repr(made.interval), "'step' or 'epoch'", "The default is 'epoch'."))
     if not isinstance(made.frequency, int) or made.frequency < 1:
         raise ModuleError(reject("lr_scheduler frequency", repr(made.frequency), "an integer >= 1", "The default is 1."))
     if made.reduce_on_plateau and made.monitor is None:
-        raise ModuleError("ReduceLROnPlateau without a monitor: say which metric it watches, "
-                          "{'scheduler': scheduler, 'monitor': 'val_loss'}.")  # fmt: skip
+        raise ModuleError(
+            "ReduceLROnPlateau without a monitor: say which metric it watches, {'scheduler': scheduler, 'monitor': 'val_loss'}."
+        )
     return made
-
-

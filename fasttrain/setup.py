@@ -45,14 +45,20 @@ def make_run(trainable: Trainable, options: Options, fn: str) -> Run:
         callbacks = [c for c in callbacks if not hasattr(c, "best_model_path") and type(c).__name__ != "EarlyStopping"]
     listed = CallbackList(callbacks)
     facade.callbacks = list(listed)
-    keep = bool(listed.calls("on_train_batch_end")) and any(c.__module__.split(".")[0] != "fasttrain" for c in map(_owner, listed.calls("on_train_batch_end")))
+    keep = bool(listed.calls("on_train_batch_end")) and any(
+        c.__module__.split(".")[0] != "fasttrain" for c in map(_owner, listed.calls("on_train_batch_end"))
+    )
     keep = keep or bool(trainable.hooks & {"on_train_batch_end", "on_batch_end", "training_step_end", "training_epoch_end"})
     trainable.sink.outside = facade.log_outside
     return Run(
-        trainable=trainable, options=options, facade=facade, callbacks=listed, ledger=Ledger(),
+        trainable=trainable,
+        options=options,
+        facade=facade,
+        callbacks=listed,
+        ledger=Ledger(),
         spec=StepSpec(precision=options.precision, device=device, keep_outputs=keep),
         display=Display(make_progress(options.enable_progress_bar)),
-    )  # fmt: skip
+    )
 
 
 def _owner(call: Any) -> type:
@@ -62,8 +68,14 @@ def _owner(call: Any) -> type:
 def device_of(options: Options) -> torch.device:
     """Where the run trains. Raises OptionError when a device was named that is not there."""
     if options.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise OptionError(reject("accelerator", repr(options.accelerator), "a CUDA device, and torch sees none",
-                                 "Use accelerator='auto', or install a CUDA build of torch."))  # fmt: skip
+        raise OptionError(
+            reject(
+                "accelerator",
+                repr(options.accelerator),
+                "a CUDA device, and torch sees none",
+                "Use accelerator='auto', or install a CUDA build of torch.",
+            )
+        )
     cuda = options.accelerator in ("gpu", "cuda") or (options.accelerator == "auto" and torch.cuda.is_available())
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
@@ -98,8 +110,12 @@ def prepare_training(run: Run, train: Any, val: Any, datamodule: Any, ckpt_path:
     run.train = _train_source(run, _loader(run, "train_dataloader", train, datamodule))
     val = _loader(run, "val_dataloader", val, datamodule, optional=True)
     if val is not None and not trainable.has("validate"):
-        warnings.warn(f"a validation loader was given, but {type(trainable.module).__name__} has no validation_step: nothing is validated. "
-                      "Define validation_step(self, batch, batch_idx).", FasttrainWarning, stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"a validation loader was given, but {type(trainable.module).__name__} has no validation_step: nothing is validated. "
+            "Define validation_step(self, batch, batch_idx).",
+            FasttrainWarning,
+            stacklevel=4,
+        )
         val = None
     run.val = as_sources(val, name="val_dataloaders", limit=options.limit_val_batches, limit_name="limit_val_batches")
     facade.train_dataloader, facade.val_dataloaders = run.train.loader, val
@@ -117,8 +133,11 @@ def prepare_training(run: Run, train: Any, val: Any, datamodule: Any, ckpt_path:
     if saved is not None:
         resume.load_training(run, saved)
     if not options.epochs_were_set:
-        warnings.warn("neither max_epochs, max_steps nor max_time was given: training runs for 1000 epochs. Give max_epochs=n (-1: no limit).",
-                      FasttrainWarning, stacklevel=4)  # fmt: skip
+        warnings.warn(
+            "neither max_epochs, max_steps nor max_time was given: training runs for 1000 epochs. Give max_epochs=n (-1: no limit).",
+            FasttrainWarning,
+            stacklevel=4,
+        )
     run.fire("on_pretrain_routine_end")
 
 
@@ -127,9 +146,16 @@ def make_maker(run: Run, optimizer: torch.optim.Optimizer) -> StepMaker:
     live = frozenset(h for h in IN_STEP_HOOKS if h in run.trainable.hooks or run.calls(h))
     scaler = LossScale(run.spec.device) if run.options.precision == "16-mixed" else None
     return StepMaker(
-        trainable=run.trainable, spec=run.spec, optimizer=optimizer, options=run.options, scaler=scaler, fire=run.fire, live=live,
-        say=run.display.line, workers=run.train.workers if run.train else 0,
-    )  # fmt: skip
+        trainable=run.trainable,
+        spec=run.spec,
+        optimizer=optimizer,
+        options=run.options,
+        scaler=scaler,
+        fire=run.fire,
+        live=live,
+        say=run.display.line,
+        workers=run.train.workers if run.train else 0,
+    )
 
 
 def evaluation_sources(run: Run, stage: str, loaders: Any, datamodule: Any) -> list[Source]:
@@ -164,11 +190,19 @@ def _really(datamodule: Any, hook: str) -> bool:
 
 def _train_source(run: Run, loader: Any) -> Source:
     if run.options.overfit_batches and isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        loader = DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, num_workers=loader.num_workers,
-                            collate_fn=loader.collate_fn, drop_last=loader.drop_last)  # fmt: skip
+        loader = DataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            shuffle=False,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            drop_last=loader.drop_last,
+        )
         warnings.warn("overfit_batches turns shuffling of the training loader off.", FasttrainWarning, stacklevel=5)
     if isinstance(loader, (list, tuple)) and loader and all(isinstance(x, DataLoader) for x in loader):
-        raise DataError(reject("train_dataloaders", f"{len(loader)} loaders", "one loader", "Combine the datasets, e.g. with ConcatDataset."))
+        raise DataError(
+            reject("train_dataloaders", f"{len(loader)} loaders", "one loader", "Combine the datasets, e.g. with ConcatDataset.")
+        )
     return Source(loader, name="train_dataloaders", limit=run.options.limit_train_batches, limit_name="limit_train_batches")
 
 
@@ -192,8 +226,14 @@ def _check_writable(root: Path) -> None:
         os.close(handle)
         os.unlink(name)
     except OSError as error:
-        raise OptionError(reject("default_root_dir", f"{root} ({error.strerror})", "a directory that can be written",
-                                 "Give another, or logger=False, enable_checkpointing=False.")) from error  # fmt: skip
+        raise OptionError(
+            reject(
+                "default_root_dir",
+                f"{root} ({error.strerror})",
+                "a directory that can be written",
+                "Give another, or logger=False, enable_checkpointing=False.",
+            )
+        ) from error
 
 
 def tear_down(run: Run, fn: str, datamodule: Any, status: str) -> None:
@@ -205,5 +245,3 @@ def tear_down(run: Run, fn: str, datamodule: Any, status: str) -> None:
         for name, arguments in (("save", ()), ("finalize", (status,))):
             if callable(getattr(logger, name, None)):
                 getattr(logger, name)(*arguments)
-
-

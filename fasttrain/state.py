@@ -41,7 +41,7 @@ def rng_state() -> dict[str, Any]:
     if "numpy" in sys.modules:
         kind, keys, pos, has_gauss, cached = sys.modules["numpy"].random.get_state()
         state["numpy"] = [kind, torch.from_numpy(keys.astype("int64")), int(pos), int(has_gauss), float(cached)]
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -78,8 +78,8 @@ class Snapshot:
         """In place where the tensors live on, so that every reference to them stays valid."""
         for tensor, value in self._tensors:
             tensor.copy_(value)
-        for p, grad in self._grads:
-            p.grad = grad
+        for parameter, grad in self._grads:
+            parameter.grad = grad
         for m, attributes in self._attributes:
             _restore_attributes(m, attributes)
         for m, training in self._modes:
@@ -93,7 +93,6 @@ class Snapshot:
             group.update(values)
         set_rng_state(self._rng)
 
-
     def buffers(self) -> dict[str, Tensor]:
         """The buffers as they were, by name."""
         values = {id(t): v for t, v in self._tensors}
@@ -102,7 +101,7 @@ class Snapshot:
     def values(self) -> dict[str, Tensor]:
         """Weights and optimizer slots as they were, by name."""
         kept = {id(t): v for t, v in self._tensors}
-        names = {p: n for n, p in self._module.named_parameters()}
+        names: dict[Tensor, str] = {p: n for n, p in self._module.named_parameters()}
         out = {n: kept[id(p)] for p, n in names.items()}
         for _, slots in self._slots:
             out |= {f"{names.get(p, '?')}.{k}": v for p, s in slots.items() for k, v in s.items() if isinstance(v, Tensor)}

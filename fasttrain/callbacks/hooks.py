@@ -33,7 +33,7 @@ def live_hooks(callback: object) -> frozenset[str]:
 
     A callback whose settings leave a hook with nothing to do names it in `idle_hooks`; it is not called then.
     """
-    idle = getattr(callback, "idle_hooks", frozenset())
+    idle: frozenset[str] = getattr(callback, "idle_hooks", frozenset())
     return frozenset(name for name in HOOKS if name not in idle and _overrides(callback, name))
 
 

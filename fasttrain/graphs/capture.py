@@ -87,8 +87,10 @@ def dry_look(maker: StepMaker, batch: Any) -> None:
     except FasttrainError:
         raise
     except Exception as error:
-        raise DataError(f"{type(module).__name__}.training_step could not take the first batch:\n{describe(batch)}\n"
-                        f"Make the loader's batches what the step unpacks. Its own error: {type(error).__name__}: {error}") from error  # fmt: skip
+        raise DataError(
+            f"{type(module).__name__}.training_step could not take the first batch:\n{describe(batch)}\n"
+            f"Make the loader's batches what the step unpacks. Its own error: {type(error).__name__}: {error}"
+        ) from error
     finally:
         before.restore()
 
@@ -110,8 +112,9 @@ def _choose(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[Step,
     report = CaptureReport(tail=_tail_name(maker), threads=torch.get_num_threads())
     report.obstacles = obstacles_of(maker)
     if wanted == "graph":
-        raise CaptureError("capture='graph' needs a CUDA device; this run is on "
-                           f"{maker.spec.device.type}. Use capture='auto' or 'compile'.")  # fmt: skip
+        raise CaptureError(
+            f"capture='graph' needs a CUDA device; this run is on {maker.spec.device.type}. Use capture='auto' or 'compile'."
+        )
     if wanted == "eager":
         return _eager(maker, report, "asked for")
     if report.obstacles:
@@ -193,10 +196,17 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
         return step, report
     report.timings_us["compile"] = _time(maker, step, batch) * 1e6
     wins = report.timings_us["compile"] < report.timings_us["eager"]
-    decisions.remember(key, {
-        "rung": "compile" if wins else "eager", "threads": threads, "cpp_wrapper": cpp_wrapper, "warm_compile_s": 3.0,
-        "eager_us": report.timings_us["eager"], "compile_us": report.timings_us["compile"],
-    })  # fmt: skip
+    decisions.remember(
+        key,
+        {
+            "rung": "compile" if wins else "eager",
+            "threads": threads,
+            "cpp_wrapper": cpp_wrapper,
+            "warm_compile_s": 3.0,
+            "eager_us": report.timings_us["eager"],
+            "compile_us": report.timings_us["compile"],
+        },
+    )
     if not wins:
         return _eager(maker, report, "measured: eager is quicker here")
     step.refresh()

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import Key, batch_size_of, key_of, reader_for, tensors_of
@@ -40,7 +40,9 @@ class Trace:
         self.entry: _Entry | None = None
         # A code object of its own: Dynamo's cache and its recompile limit belong to the code, not to the closure.
         assert isinstance(micro_step, FunctionType)
-        own = FunctionType(micro_step.__code__.replace(), micro_step.__globals__, "micro_step", micro_step.__defaults__, micro_step.__closure__)
+        own = FunctionType(
+            micro_step.__code__.replace(), micro_step.__globals__, "micro_step", micro_step.__defaults__, micro_step.__closure__
+        )
         self._call = torch.compile(own, fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Raw:
@@ -55,7 +57,7 @@ class Trace:
         entry = _Entry()
         entry.inspect(self._sink)
         self.count += 1
-        entry.run = compile_fx(graph, examples, config_patches=self._patches)  # type: ignore[arg-type]
+        entry.run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 
         def recorded(*args: Any) -> Any:
             outs = entry.run(*args)
@@ -112,7 +114,7 @@ def _is_new(variable: Any) -> bool:
 
 def _name(guard: Any) -> str:
     name = guard.name
-    return name() if callable(name) else name
+    return str(name() if callable(name) else name)
 
 
 def _never(*args: Any) -> Any:
@@ -138,14 +140,14 @@ class Plan:
         if any(not isinstance(v, Tensor) for v in values):
             raise LookupError
         self.loss = place[id(raw.loss)]
-        self.values = [place[id(v)] for v in values]
+        self.values = _picker([place[id(v)] for v in values])
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
 
     def __call__(self, batch: Any) -> StepOutput | None:
         """The step, or None when this batch is not what the graph was made for. No guard is evaluated."""
         if type(batch) is not self.kind or (self.names is not None and list(batch) != self.names):
             return None
-        leaves = tuple(self.read(batch) or ())
+        leaves = batch if self.read is None else tuple(self.read(batch) or ())
         if len(leaves) != len(self.contract):
             return None
         for t, (shape, stride, dtype) in zip(leaves, self.contract):  # noqa: B905 - lengths were just compared
@@ -155,17 +157,18 @@ class Plan:
         for i, j in self.slots:
             args[i] = leaves[j]
         outs = self.run(*args)
-        return StepOutput(outs[self.loss], self.keys, [outs[i] for i in self.values], None, self.grads(outs), self.batch_size)
+        return StepOutput(outs[self.loss], self.keys, self.values(outs), None, self.grads(outs), self.batch_size)
 
 
-def _picker(indices: list[int | None]) -> Callable[[Sequence[Any]], Sequence[Tensor | None]]:
-    """A function that picks the gradients out of a graph's outputs, as cheaply as their places allow."""
-    if len(indices) > 1 and None not in indices:
-        start = indices[0]
-        assert start is not None
-        if indices == list(range(start, start + len(indices))):
-            return itemgetter(slice(start, start + len(indices)))
-        return itemgetter(*[i for i in indices if i is not None])
+def _picker(indices: list[int | None]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that picks these places out of a graph's outputs, in C wherever it can be."""
+    present = [i for i in indices if i is not None]
+    if not present:
+        return lambda outs: indices
+    if len(present) == len(indices) and present == list(range(present[0], present[0] + len(present))):
+        return itemgetter(slice(present[0], present[0] + len(present)))
+    if len(present) == len(indices):
+        return itemgetter(*present)
     return lambda outs: [None if i is None else outs[i] for i in indices]
 
 
@@ -246,7 +249,9 @@ class CompileStep:
         """The same micro-step run op by op: what the traced one is compared with."""
         self._divisor.fill_(divisor)
         with self._spec.default_dtype():
-            raw = self._micro_step(batch, batch_idx, self._divisor if self._accumulates else None, None if self._scaler is None else self._scaler.tensor)
+            raw = self._micro_step(
+                batch, batch_idx, self._divisor if self._accumulates else None, None if self._scaler is None else self._scaler.tensor
+            )
         out = StepOutput(raw.loss, *keys_and_values(raw.items), raw.returned, raw.grads)
         if first:
             self._grads, self._bad = out.grads, out.loss
@@ -307,7 +312,8 @@ class CompileStep:
 
     def _make_plan(self, trace: Trace, raw: Raw, batch: Any, key: Key) -> None:
         entry, self._plan, self.direct = trace.entry, None, False
-        assert entry is not None
+        if entry is None or raw.loss is None:  # the module passed over this batch: there is nothing to call directly
+            return
         self.why_guarded = entry.why_not
         if key in self._static_keys:
             try:
@@ -332,13 +338,17 @@ class CompileStep:
 
     def _trace(self, *, dynamic: bool) -> Trace:
         if self._traces.get(dynamic) is None:
-            self._traces[dynamic] = Trace(self._micro_step, self._trainable.sink, self._spec, dynamic=dynamic, cpp_wrapper=self._cpp_wrapper)
+            self._traces[dynamic] = Trace(
+                self._micro_step, self._trainable.sink, self._spec, dynamic=dynamic, cpp_wrapper=self._cpp_wrapper
+            )
         trace = self._traces[dynamic]
         assert trace is not None
         return trace
 
     def _recheck(self) -> None:
-        if len(self.params) != len(now := trainable_params(self._optimizer)) or any(a is not b for a, b in zip(now, self.params, strict=True)):
+        if len(self.params) != len(now := trainable_params(self._optimizer)) or any(
+            a is not b for a, b in zip(now, self.params, strict=True)
+        ):
             grads, old = self._grads, self.params
             self._bind()
             if grads is not None:
@@ -351,8 +361,8 @@ class CompileStep:
         old = self._grads if self._grads is not None else [None] * len(out.grads)
         both = [(a, b) for a, b in zip(old, out.grads, strict=True) if a is not None and b is not None]
         sums = iter(torch._foreach_add([a for a, _ in both], [b for _, b in both]) if both else [])
-        self._grads = [next(sums) if a is not None and b is not None else (a if b is None else b) for a, b in zip(old, out.grads, strict=True)]
+        self._grads = [
+            next(sums) if a is not None and b is not None else (a if b is None else b) for a, b in zip(old, out.grads, strict=True)
+        ]
         if out.loss is not None:
             self._bad = out.loss if self._bad is None else self._bad + out.loss
-
-

@@ -33,19 +33,15 @@ def _walk(node: Any, found: list[Tensor]) -> bool:
     return False
 
 
-def reader_for(batch: Any) -> Callable[[Any], Any]:
-    """The cheapest function that gives ``tensors_of`` for batches built like this one."""
+def reader_for(batch: Any) -> Callable[[Any], Any] | None:
+    """The cheapest function that gives ``tensors_of`` for batches built like this one; None: the batch itself is that."""
     if isinstance(batch, Tensor):
         return lambda b: (b,)
     if type(batch) in (list, tuple) and all(isinstance(t, Tensor) for t in batch):
-        return _itself
+        return None
     if type(batch) is dict and all(isinstance(t, Tensor) for t in batch.values()):
         return dict.values
     return tensors_of
-
-
-def _itself(batch: Any) -> Any:
-    return batch
 
 
 def structure(batch: Any) -> Key:

@@ -24,8 +24,20 @@ def key_for(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, opt
     except (OSError, TypeError):
         source = type(module).__qualname__
     shapes = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()]
-    parts = (source, str(module), shapes, type(optimizer).__qualname__, key_of(batch), options.precision, options.gradient_clip_val,
-             dict(options.accumulate_grad_batches), torch.__version__, platform.processor(), os.cpu_count(), torch.get_num_threads())  # fmt: skip
+    parts = (
+        source,
+        str(module),
+        shapes,
+        type(optimizer).__qualname__,
+        key_of(batch),
+        options.precision,
+        options.gradient_clip_val,
+        dict(options.accumulate_grad_batches),
+        torch.__version__,
+        platform.processor(),
+        os.cpu_count(),
+        torch.get_num_threads(),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

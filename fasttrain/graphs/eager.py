@@ -34,7 +34,9 @@ class EagerStep:
         if live & {"on_before_optimizer_step"}:
             self.tail.before_step = lambda: fire("on_before_optimizer_step", optimizer)
         if "configure_gradient_clipping" in self._own_hooks:
-            self.tail.clip = lambda: trainable.call("configure_gradient_clipping", optimizer, options.gradient_clip_val, options.gradient_clip_algorithm)
+            self.tail.clip = lambda: trainable.call(
+                "configure_gradient_clipping", optimizer, options.gradient_clip_val, options.gradient_clip_algorithm
+            )
         self.takes_closure = "optimizer_step" in self._own_hooks or isinstance(optimizer, torch.optim.LBFGS)
         self.epoch = 0
         self._bad: Tensor | None = None

@@ -50,8 +50,12 @@ def is_user_file(filename: str) -> bool:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     library = os.path.dirname(os.__file__)
     inside = os.path.abspath(filename)
-    return not filename.startswith("<") and not inside.startswith((package + os.sep, library + os.sep)) and not any(
-        f"{os.sep}{name}{os.sep}" in inside for name in ("torch", "pytorch_lightning", "lightning")) and "site-packages" not in inside  # fmt: skip
+    return (
+        not filename.startswith("<")
+        and not inside.startswith((package + os.sep, library + os.sep))
+        and not any(f"{os.sep}{name}{os.sep}" in inside for name in ("torch", "pytorch_lightning", "lightning"))
+        and "site-packages" not in inside
+    )
 
 
 def hook_obstacles(module: nn.Module, live: Iterable[str]) -> list[Obstacle]:
@@ -62,7 +66,9 @@ def hook_obstacles(module: nn.Module, live: Iterable[str]) -> list[Obstacle]:
             found.append(Obstacle(f"a gradient hook on parameter {name}", advice="Tensor hooks are honoured only eagerly."))
     for name, m in module.named_modules():
         if m._backward_hooks or m._backward_pre_hooks:
-            found.append(Obstacle(f"a backward hook on module {name or type(m).__name__}", advice="Module backward hooks are honoured only eagerly."))
+            found.append(
+                Obstacle(f"a backward hook on module {name or type(m).__name__}", advice="Module backward hooks are honoured only eagerly.")
+            )
     return found
 
 
@@ -70,8 +76,10 @@ def explain(report: CaptureReport) -> str:
     """The report as a page of text."""
     lines = [one_line(report)]
     if report.rung != "eager":
-        lines.append(f"  forward + backward: {'one whole graph' if report.whole else f'{report.pieces} pieces'}, "
-                     f"traced {report.traces} time(s), compiled in {report.compile_s:.1f} s")  # fmt: skip
+        lines.append(
+            f"  forward + backward: {'one whole graph' if report.whole else f'{report.pieces} pieces'}, "
+            f"traced {report.traces} time(s), compiled in {report.compile_s:.1f} s"
+        )
     lines.append(f"  update: {report.tail}")
     if report.timings_us:
         lines.append("  measured: " + ", ".join(f"{k} {v:.0f} us a step" for k, v in report.timings_us.items()))

@@ -63,13 +63,15 @@ class StepOutput(NamedTuple):
 class Raw(NamedTuple):
     """What a traced micro-step gives back: tensors and constants only."""
 
-    loss: Tensor
+    loss: Tensor | None
     grads: tuple[Tensor | None, ...]
     items: list[tuple[Any, ...]]
     returned: Any
 
 
-def forward(trainable: Trainable, spec: StepSpec, stage: str, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Any, list[tuple[Any, ...]]]:
+def forward(
+    trainable: Trainable, spec: StepSpec, stage: str, batch: Any, batch_idx: int, dataloader_idx: int = 0
+) -> tuple[Any, list[tuple[Any, ...]]]:
     """Run one step of ``stage`` and collect what it logged. Nothing is read on the host."""
     sink = trainable.sink
     sink.items = []
@@ -100,6 +102,9 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
         with spec.autocast(cache=False):
             output = step(batch, batch_idx, 0)
         loss = loss_of(output)
+        if loss is None:  # a batch the module passes over: no gradient, and what it logged
+            items, sink.items = sink.items, None
+            return Raw(None, (None,) * len(leaves), items, detached(output) if keep else None)
         scaled = loss if divisor is None else loss / divisor
         scaled = scaled if scale is None else scaled * scale
         grads = torch.autograd.grad(scaled, leaves, allow_unused=True)
@@ -124,7 +129,9 @@ def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:
         got = f"a dict with keys {sorted(map(str, output))}" if isinstance(output, dict) else type(output).__name__
         raise ModuleError(reject(what, got, "a scalar tensor, or a dict with 'loss'", "Return the loss from training_step."))
     if not isinstance(loss, Tensor):
-        raise ModuleError(reject(what, f"{type(loss).__name__} {loss!r}", "a scalar tensor that requires grad", "Do not call .item() on it."))
+        raise ModuleError(
+            reject(what, f"{type(loss).__name__} {loss!r}", "a scalar tensor that requires grad", "Do not call .item() on it.")
+        )
     if loss.numel() != 1:
         raise ModuleError(reject(what, f"shape {list(loss.shape)}", "one number", "Reduce it, e.g. loss.mean()."))
     if not loss.requires_grad:

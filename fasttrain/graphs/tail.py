@@ -38,21 +38,24 @@ class FusedTail:
 
     name = "fused native"
 
-    def __init__(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None
+    ) -> None:
         self._native = NativeTail(optimizer, params)
         self._scaler = scaler
         by_norm = options.gradient_clip_algorithm == "norm"
         self._max_norm = options.gradient_clip_val if by_norm else None
         self._clip_value = None if by_norm else options.gradient_clip_val
-        self._check = scaler is not None or options.nonfinite == "skip"
-        self._look = options.nonfinite != "ignore"
+        if self._max_norm is None and (scaler is not None or options.nonfinite == "skip"):
+            self._max_norm = math.inf  # measured, not clipped
+        self._check = scaler is not None or options.nonfinite != "ignore"
 
     def step(self, grads: Sequence[Tensor | None], rescale: float, loss: Tensor | None) -> bool:
         scaler = self._scaler
         skipped = self._native.step(
             grads, max_norm=self._max_norm, clip_value=self._clip_value,
             grad_scale=rescale if scaler is None else rescale / scaler.value,
-            loss=loss if self._look else None, check=self._check,
+            loss=loss, check=self._check,
         )  # fmt: skip
         if scaler is not None:
             scaler.update(found_inf=bool(skipped))
@@ -68,7 +71,9 @@ class StockTail:
 
     name = "torch"
 
-    def __init__(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None
+    ) -> None:
         self._optimizer, self._params, self._options, self._scaler = optimizer, list(params), options, scaler
         self.before_step: Callable[[], None] | None = None  # hooks between unscale and clip
         self.clip: Callable[[], None] | None = None  # configure_gradient_clipping, when overridden

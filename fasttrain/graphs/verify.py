@@ -108,7 +108,9 @@ class VerifiedStep:
         return [named.get(n) for n in self._step.parameter_names()]
 
     def _give_up(self, where: str) -> None:
-        self._report.obstacles.append(Obstacle(f"verify found a difference at {where}", advice="The run goes on eagerly; please report it."))
+        self._report.obstacles.append(
+            Obstacle(f"verify found a difference at {where}", advice="The run goes on eagerly; please report it.")
+        )
         self._report.rung, self._report.whole, self._report.why = "eager", False, "the captured step differed from the eager one"
         self._say(f"verify: {self._report.obstacles[-1]}")
         self.active, self.rung = self._eager, "eager"

@@ -55,7 +55,7 @@ def clip_and_step_(
     scale = 1.0 if grad_scale is None else float(grad_scale)
     tail = _tail_of(optimizer, params)
     if tail is not None:
-        tail.step([param.grad for param in params], max_norm=max_norm, grad_scale=scale, check=True)
+        tail.step([param.grad for param in params], max_norm=math.inf if max_norm is None else max_norm, grad_scale=scale, check=True)
         norm = tail.grad_norm.clone()
     else:
         norm = _plain(optimizer, [param.grad for param in params if param.grad is not None], max_norm, scale)

@@ -18,6 +18,7 @@ from fasttrain.kernels import library, native_rules
 from fasttrain.kernels.layout import in_order_of, same_order
 from fasttrain.kernels.library import CHECK, DTYPES, INF, L2, MEASURE, STEPPED, ZERO_GRADS
 
+_data_ptr = torch.Tensor.data_ptr
 _is_contiguous = Tensor.is_contiguous
 _GONE = reject("optimizer", "one that no longer exists", "a live one", "Keep a reference to it beside its tail.")
 
@@ -147,8 +148,8 @@ class NativeTail:
         read, multiplied by `grad_scale` on the way, and never written, unless `zero_grads` asks for zeros afterwards
         (skipped or not).
         `max_norm`: clip to this norm as `clip_grad_norm_` does; inf only measures; None neither clips nor measures.
-        `clip_value`: clamp each scaled gradient to +-this instead. `check`: measure, and when the norm or `loss` (0-d)
-        is inf or NaN write nothing: no parameter, no state, no step count. `grad_norm` then holds the norm.
+        `clip_value`: clamp each scaled gradient to +-this instead. `check`: when `loss` (0-d), or the norm where it is
+        measured, is inf or NaN, write nothing: no parameter, no state, no step count. `grad_norm` holds a measured norm.
         Shapes and dtypes are checked at the first step and after every refresh, memory layout at every step.
         """
         optimizer = self._optimizer()
@@ -187,7 +188,7 @@ class NativeTail:
         if self._plain and self._checked and len(grads) == len(self._params):
             try:
                 if all(map(_is_contiguous, grads)):  # type: ignore[arg-type]  # a None is caught below
-                    self._addresses[:] = array("Q", [grad.data_ptr() for grad in grads])  # type: ignore[union-attr]
+                    self._addresses[:] = array("Q", map(_data_ptr, grads))  # type: ignore[arg-type]
                     return None
             except TypeError:
                 pass
@@ -224,7 +225,7 @@ class NativeTail:
         call.max_norm = math.inf if max_norm is None else max_norm
         call.clip_value = math.inf if clip_value is None else clip_value
         call.grad_scale = grad_scale
-        call.flags = MEASURE * (check or max_norm is not None) | CHECK * check | ZERO_GRADS * zero_grads
+        call.flags = MEASURE * (max_norm is not None) | CHECK * check | ZERO_GRADS * zero_grads
         self._knobs = (max_norm, clip_value, grad_scale, check, zero_grads)
 
     def _write_loss(self, loss: Tensor | None) -> None:

@@ -70,6 +70,7 @@ def fast_fit(case: Case, **options: Any) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FasttrainWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        warnings.filterwarnings("ignore", "<class 'torch.autograd.function", DeprecationWarning)  # Dynamo's own doing
         trainer = compile_fit(module, **BARE | {"max_epochs": 3, "capture": "eager"} | case.options | options)
         torch.manual_seed(7)
         result = trainer.fit(**_data(case))

@@ -362,9 +362,6 @@ class Transformer(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(x).mean(1))
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
-
 
 class Embedded(Base):
     """An embedding with a padding row."""
@@ -443,7 +440,6 @@ class ReturnsMore(Base):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert outputs["label"] == "a string"
-        assert not outputs["top"].requires_grad
         self.seen.append(float(outputs["top"]))
 
 
@@ -548,3 +544,83 @@ class Schedules(Base):
         opt = torch.optim.SGD(self.parameters(), lr=0.3)
         rule = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: 1 / math.sqrt(1 + s))
         return [opt], [{"scheduler": rule, "interval": "step"}]
+
+
+class BranchesOnIndex(Base):
+    """Another loss for every third batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        return loss * 3 if batch_idx % 3 == 2 else loss
+
+
+class BranchesOnStep(Base):
+    """Another loss at every fourth step, counted by the trainer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        return loss * 3 if self.global_step % 4 == 2 else loss
+
+
+class BranchesOnTrainer(Base):
+    """Another loss in later epochs and at the last batch, asked of the trainer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        if self.trainer.current_epoch >= 1:
+            loss = loss * 2
+        return loss * 3 if self.trainer.is_last_batch else loss
+
+
+class CountsItself(Base):
+    """A Python counter of its own, read and raised in the step."""
+
+    def build(self) -> None:
+        super().build()
+        self.seen = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.seen += 1
+        return F.cross_entropy(self(x), y) * (1.0 if self.seen < 7 else 0.5)
+
+
+class Unfreezes(Base):
+    """The first layer trains from the second epoch on."""
+
+    def build(self) -> None:
+        super().build()
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[0].requires_grad_(True)
+
+
+class Switches(Base):
+    """BatchNorm and dropout put into eval mode from the second epoch on."""
+
+    def build(self) -> None:
+        self.net = nn.Sequential(nn.Linear(WIDTH, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[1].eval()
+
+
+class SwapsLoss(Base):
+    """A plain attribute that a hook changes between batches."""
+
+    def build(self) -> None:
+        super().build()
+        self.factor = 1.0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.factor = 0.5 if batch_idx >= 3 else 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y) * self.factor
