@@ -35,7 +35,8 @@ class Trace:
 
     def __init__(self, micro_step: Callable[..., Raw], sink: object, spec: StepSpec, *, dynamic: bool, cpp_wrapper: bool) -> None:
         self._sink, self._spec = sink, spec
-        self._patches = {"fallback_random": True, "cpp_wrapper": cpp_wrapper}
+        # Sizes are checked against the contract before a direct call, and by the guards before any other.
+        self._patches = {"fallback_random": True, "cpp_wrapper": cpp_wrapper, "size_asserts": False}
         self.count = 0
         self.entry: _Entry | None = None
         # A code object of its own: Dynamo's cache and its recompile limit belong to the code, not to the closure.
