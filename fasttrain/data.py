@@ -31,12 +31,11 @@ class Source:
             )
         self.batches = limited(limit_name, self.total, limit)
         self.workers = int(getattr(loader, "num_workers", 0) or 0)
-        self._fast = in_memory_tensors(loader)
 
     @property
     def road(self) -> str:
         """ "tensors" when rows are gathered straight from memory, else "loader"."""
-        return "tensors" if self._fast else "loader"
+        return "tensors" if in_memory_tensors(self.loader) else "loader"
 
     def set_epoch(self, epoch: int) -> None:
         """Tell every sampler that wants to know."""
@@ -52,8 +51,9 @@ class Source:
 
         All that skipping draws from the random streams is drawn before this returns.
         """
-        if self._fast is not None:
-            return _gathered(self.loader, self._fast, skip)
+        fast = in_memory_tensors(self.loader)  # looked at anew: rows may be exchanged between epochs
+        if fast is not None:
+            return _gathered(self.loader, fast, skip)
         iterator = iter(self.loader)
         for _ in range(skip):
             if next(iterator, _END) is _END:
@@ -162,7 +162,9 @@ def in_memory_tensors(loader: Any) -> tuple[list[Tensor], Tensor | None] | None:
     """The tensors behind a plain DataLoader over a TensorDataset (and a Subset's rows), or None when anything is custom."""
     if type(loader) is not DataLoader or loader.num_workers or loader.pin_memory or loader.collate_fn is not default_collate:
         return None
-    if type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) not in (SequentialSampler, RandomSampler):
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:  # a batch_sampler was given: the order is its own
+        return None
+    if type(loader.sampler) not in (SequentialSampler, RandomSampler):
         return None
     if isinstance(loader.sampler, RandomSampler) and (loader.sampler.replacement or loader.sampler._num_samples is not None):
         return None

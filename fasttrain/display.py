@@ -25,10 +25,16 @@ class Display:
         self.rung = ""
         self._mark = (0.0, 0)
         self._rate: float | None = None
+        self._unit = ("it", 1)  # a module's progress_unit: what the rate counts, how many of them in a batch
 
     def start(self, facade: TrainerFacade) -> None:
+        self._unit = getattr(facade.lightning_module, "progress_unit", self._unit)
         self._bar.start(Snapshot(stage="train", max_epochs=_epochs(facade)))
         self.due = math.inf if self._silent else 0.0
+        self.restart_clock(facade)
+
+    def restart_clock(self, facade: TrainerFacade) -> None:
+        """The rate counts training alone: called where something else took time, a compile or a validation."""
         self._mark = (time.perf_counter(), facade.progress.batches_seen)
 
     def line(self, text: str) -> None:
@@ -48,11 +54,13 @@ class Display:
                 epoch=progress.epoch,
                 max_epochs=_epochs(facade),
                 batch=progress.batches_done,
-                total_batches=None if math.isinf(facade.num_training_batches) else int(facade.num_training_batches),
+                total_batches=_total(facade),
                 global_step=progress.global_step,
                 loss=self.running_loss(),
                 metrics=facade.progress_bar_metrics,
                 batches_per_s=self._rate,
+                unit=self._unit[0],
+                units_per_batch=self._unit[1],
                 seconds_left=_left(facade, self._rate, now, deadline),
                 rung=self.rung,
             )
@@ -82,6 +90,16 @@ class Display:
     def stop(self) -> None:
         self._bar.stop(None)
         self.due = math.inf
+
+
+def _total(facade: TrainerFacade) -> int | None:
+    """Batches in this epoch, or to ``max_steps`` where that comes first; None when nothing says."""
+    progress, options, total = facade.progress, facade.options, facade.num_training_batches
+    if options.max_steps != -1:
+        window = options.window(progress.epoch)
+        left = (options.max_steps - progress.global_step) * window - progress.window_open
+        total = min(total, progress.batches_done + max(0, left))
+    return None if math.isinf(total) else int(total)
 
 
 def _epochs(facade: TrainerFacade) -> int | None:

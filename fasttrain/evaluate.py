@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from fasttrain.data import END, Lookahead, Source
-from fasttrain.graphs.contract import batch_size_of
-from fasttrain.graphs.program import forward, keys_and_values
+from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.results import MetricView
 from fasttrain.run import Run
 from fasttrain.state import rng_state, set_rng_state
@@ -74,11 +74,10 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     facade, trainable, display = run.facade, run.trainable, run.display
     hook, suffix = HOOK[stage], f"/dataloader_idx_{index}" if count > 1 else ""
     limit = source.batches if at_most is None else min(at_most, source.batches)
-    transfer, eval_step = run.transfer(index), _step_of(run, stage, suffix)
+    transfer, eval_step = run.transfer(index), _step_of(run, source, stage, index, suffix)
     starts, ends = run.live(f"on_{hook}_batch_start"), run.live(f"on_{hook}_batch_end")
     keep = stage == "predict" or f"{hook}_epoch_end" in trainable.hooks
     ahead = Lookahead(source.one_pass(), limit, source.total)
-    trainable.sink.on_step_default, trainable.sink.on_epoch_default = False, True
     shown = "sanity" if facade.sanity_checking else stage
     batch_idx = -1
     while (batch := ahead()) is not END:
@@ -87,6 +86,8 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
             continue
         if transfer is not None:
             batch = transfer(batch)
+        if starts or ends:
+            facade.last_batch_size, facade.dataloader_suffix = batch_size_of(batch), suffix
         if starts:
             run.fire(f"on_{hook}_batch_start", batch, batch_idx, index)
         output, keys, values, size = eval_step(batch, batch_idx, index)
@@ -101,30 +102,40 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
         now = time.perf_counter()
         if now >= display.due:
             display.evaluate(facade, shown, batch_idx + 1, limit, now)
-    trainable.sink.on_step_default, trainable.sink.on_epoch_default = True, False
+    facade.last_batch_size, facade.dataloader_suffix = 1, ""
 
 
-def _step_of(run: Run, stage: str, suffix: str) -> Callable[[Any, int, int], tuple[Any, Any, Any, int]]:
-    trainable, spec = run.trainable, run.spec
-    compiled = run.eval_steps.get(stage)
-    if compiled is not None and not suffix:
-        return compiled  # type: ignore[no-any-return]
-    last: list[Any] = [()]
+def _step_of(run: Run, source: Source, stage: str, index: int, suffix: str) -> EvalStep:
+    """The stage's step for this loader, kept over the passes of a fit; traced when the training step is and it pays."""
+    hook, hooks = HOOK[stage], run.trainable.hooks
+    keep = stage == "predict" or f"{hook}_epoch_end" in hooks or f"{hook}_step_end" in hooks or run.live(f"on_{hook}_batch_end")
+    step = run.eval_steps.get((stage, index))
+    if step is None:
+        step = run.eval_steps[stage, index] = EvalStep(run.trainable, run.spec, stage, keep=keep, suffix=suffix)
+    captured = run.facade.state.fn == "fit" and not run.facade.sanity_checking and run.report.rung == "compile"
+    step.begin(math.inf if run.options.capture == "compile" else _passes_left(run) * source.batches, may_trace=captured)
+    return step
 
-    def eager(batch: Any, batch_idx: int, index: int) -> tuple[Any, Any, Any, int]:
-        output, items = forward(trainable, spec, stage, batch, batch_idx, index)
-        keys, values = keys_and_values(items, suffix)
-        if keys != last[0]:
-            last[0] = keys
-        return output, last[0], values, batch_size_of(batch)
 
-    return eager
+def _passes_left(run: Run) -> float:
+    """How often this fit will still validate, as far as its options tell."""
+    options, facade = run.options, run.facade
+    if run.train is None or options.max_epochs == -1 or math.isinf(run.train.batches):
+        return math.inf
+    epochs = options.max_epochs - facade.current_epoch
+    if options.val_every_n_steps is not None:
+        return epochs * run.train.batches / options.window(facade.current_epoch) / options.val_every_n_steps
+    if isinstance(options.val_check_interval, int):
+        return epochs * run.train.batches / options.val_check_interval
+    return epochs / options.val_check_interval / (options.check_val_every_n_epoch or 1)
 
 
 @contextmanager
 def _eval_mode(run: Run, stage: str) -> Iterator[None]:
     module, hooks = run.trainable.module, run.trainable.hooks
+    sink = run.trainable.sink
     modes = [(m, m.training) for m in module.modules()]
+    sink.on_step_default, sink.on_epoch_default = False, True
     if stage == "validate" and "on_validation_model_eval" in hooks:
         run.trainable.call("on_validation_model_eval")
     else:
@@ -132,6 +143,7 @@ def _eval_mode(run: Run, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
+        sink.on_step_default, sink.on_epoch_default = True, False
         if stage == "validate" and "on_validation_model_train" in hooks:
             run.trainable.call("on_validation_model_train")
         else:

@@ -99,6 +99,7 @@ class TrainerFacade:
         self.epoch_ended = False
         self.log_on_step = False  # inside a training batch's hooks self.log means this step
         self.last_batch_size = 1
+        self.dataloader_suffix = ""  # inside a batch's hooks, when several loaders are evaluated
         self._known = MetricView()
         self._stamps: dict[str, int] = {}
         self.write_checkpoint: Callable[[Path, bool], Path] | None = None
@@ -193,6 +194,10 @@ class TrainerFacade:
     @property
     def check_val_every_n_epoch(self) -> int | None:
         return self.options.check_val_every_n_epoch
+
+    @property
+    def val_every_n_steps(self) -> int | None:
+        return self.options.val_every_n_steps
 
     @property
     def val_enabled(self) -> bool:
@@ -321,12 +326,13 @@ class TrainerFacade:
     def log_outside(self, name: str, value: Any, how: Mapping[str, Any]) -> None:
         """``self.log`` from a hook: into the stage's store, with that hook's defaults."""
         on_step = self.log_on_step
+        evaluating = self.state.stage in ("validate", "test")
+        name += self.dataloader_suffix if how["add_dataloader_idx"] else ""
         step = how["on_step"] if how["on_step"] is not None else on_step
         epoch = how["on_epoch"] if how["on_epoch"] is not None else not on_step
         key = LogKey(name, how["prog_bar"], how["logger"], step, epoch, reduce_named(how["reduce_fx"]), how["batch_size"])
-        (self.eval_store if self.state.stage in ("validate", "test") else self.train_store).log(
-            key, value, self.last_batch_size if on_step else 1
-        )
+        store = self.eval_store if evaluating else self.train_store
+        store.log(key, value, self.last_batch_size if on_step or evaluating else 1)
 
     def set_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.strategy.optimizers[:] = optimizers

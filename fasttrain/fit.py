@@ -102,6 +102,7 @@ class CompiledFit:
             started = time.perf_counter()
             run.display.start(run.facade)
             fit_loop(run)
+            run.ledger.batches = run.facade.progress.batches_seen
             run.ledger.train_s = time.perf_counter() - started - run.ledger.compile_s - run.ledger.validate_s
             if run.interrupted and run.options.enable_checkpointing:
                 path = run.facade.save_checkpoint(Path(run.facade.log_dir) / "checkpoints" / f"interrupted-step={run.facade.global_step}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from fasttrain.cadence import epoch_done, steps_done, validation_interval, window_length
 from fasttrain.data import END, Lookahead
-from fasttrain.errors import NonFiniteError
+from fasttrain.errors import DataError, NonFiniteError, reject
 from fasttrain.evaluate import evaluate, sanity_check
 from fasttrain.graphs.capture import Step, capture_step, dry_look
 from fasttrain.graphs.contract import batch_size_of
@@ -25,6 +25,7 @@ def fit_loop(run: Run) -> None:
         sanity_check(run)
     facade.state.stage = "train"
     run.fire("on_train_start")
+    run.started = time.perf_counter()
     while not _finished(run):
         _epoch(run)
     run.fire("on_train_end")
@@ -58,9 +59,8 @@ def _epoch(run: Run) -> None:
     if progress.phase != "epoch_end":
         ahead = _open_pass(run)
         facade.log_on_step = True
-        _batches(run, ahead)
+        run.epoch_complete = _batches(run, ahead)
         facade.log_on_step = False
-        run.epoch_complete = ahead.last
     else:
         _put_back(run)
         run.epoch_complete = True
@@ -86,8 +86,8 @@ def _put_back(run: Run) -> None:
         run.resume = None
 
 
-def _batches(run: Run, ahead: Lookahead) -> None:
-    """The batches of one epoch; returns when they are over or something says stop."""
+def _batches(run: Run, ahead: Lookahead) -> bool:
+    """The batches of one epoch; returns when they are over or something says stop: True unless it was stopped in its middle."""
     facade, options, progress, display = run.facade, run.options, run.facade.progress, run.display
     train = run.train
     assert train is not None
@@ -101,7 +101,9 @@ def _batches(run: Run, ahead: Lookahead) -> None:
     )
     by_step = [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau]
     by_epoch = [s for s in run.schedulers if s.interval == "epoch" and not s.reduce_on_plateau]
-    deadline = math.inf if options.max_seconds is None else run.started + options.max_seconds
+    plateaus = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]
+    ended = False
+    deadline = _deadline(run)
     if progress.phase:
         _finish_resumed_batch(run, interval, ahead.last)
     step = run.step
@@ -111,6 +113,9 @@ def _batches(run: Run, ahead: Lookahead) -> None:
     while True:
         batch = ahead()
         if batch is END:
+            if batch_idx < 0:
+                got = f"no batch in epoch {progress.epoch}"
+                raise DataError(reject(train.name, got, "at least one batch in every epoch", "Give something that can be iterated anew."))
             break
         batch_idx += 1
         progress.batch_idx = batch_idx
@@ -120,9 +125,11 @@ def _batches(run: Run, ahead: Lookahead) -> None:
         if transfer is not None:
             batch = transfer(batch)
         if starts and _batch_start(run, batch, batch_idx) == -1:
+            ended = True
             break
         if step is None:
             step = _capture(run, batch)
+            deadline = _deadline(run)
         if progress.window_open == 0:
             divisor = window_length(batch_idx, window, total) if window > 1 else 1
         progress.window_open += 1
@@ -134,8 +141,7 @@ def _batches(run: Run, ahead: Lookahead) -> None:
         if out.keys:
             store.append(out.keys, out.values, out.batch_size or batch_size_of(batch))
         remember(out.loss)
-        if last:
-            _update(run, step, divisor, batch_idx, by_step)
+        stepped = last and _update(run, step, divisor, batch_idx, by_step)
         if last_batch and by_epoch:
             step_schedulers(run, by_epoch, progress.epoch + 1)
         progress.batches_done += 1
@@ -149,6 +155,8 @@ def _batches(run: Run, ahead: Lookahead) -> None:
             display.train(facade, now, deadline)
         if interval is not None and _validation_is_due(run, interval, last_batch, now):
             _validate(run)
+        if stepped and plateaus:
+            step_schedulers(run, plateaus, progress.global_step)
         if last:
             progress.stepping_batches += 1
         if (facade.should_stop or run.interrupted or now > deadline or progress.global_step == options.max_steps) and _stops(
@@ -157,6 +165,9 @@ def _batches(run: Run, ahead: Lookahead) -> None:
             break
     if progress.window_open and step is not None:
         _update(run, step, divisor, batch_idx, by_step)  # a stop or an early end closes the window, it drops nothing
+    if ended and by_epoch:
+        step_schedulers(run, by_epoch, progress.epoch + 1)
+    return ended or ahead.last
 
 
 def _capture(run: Run, batch: Any) -> Step:
@@ -167,13 +178,20 @@ def _capture(run: Run, batch: Any) -> Step:
     step, run.report = capture_step(run.maker, batch, _remaining_batches(run))
     run.step, step.epoch = step, run.facade.progress.epoch
     run.facade.capture = run.report
-    run.ledger.compile_s += time.perf_counter() - started
+    spent = time.perf_counter() - started
+    run.ledger.compile_s += spent
+    run.started += spent  # max_time is for training
     if run.open_gradients is not None:
         step.load_gradients(run.open_gradients)
         run.open_gradients = None
     run.display.rung = run.report.rung
+    run.display.restart_clock(run.facade)
     run.display.line(one_line(run.report))
     return step
+
+
+def _deadline(run: Run) -> float:
+    return math.inf if run.options.max_seconds is None else run.started + run.options.max_seconds
 
 
 def _remaining_batches(run: Run) -> float:
@@ -185,8 +203,8 @@ def _remaining_batches(run: Run) -> float:
     return batches
 
 
-def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[Any]) -> None:
-    """The end of a window: one optimizer step, or a step refused because something is not finite."""
+def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[Any]) -> bool:
+    """The end of a window: one optimizer step (True), or a step refused because something is not finite."""
     progress = run.facade.progress
     stepped = step.update_step(1.0 if progress.window_open == divisor else divisor / progress.window_open)
     progress.window_open = 0
@@ -203,6 +221,7 @@ def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[An
         )
     else:
         run.ledger.skipped_steps += 1
+    return stepped
 
 
 def _batch_start(run: Run, batch: Any, batch_idx: int) -> Any:
@@ -255,9 +274,7 @@ def _validate(run: Run) -> None:
 
 def _after_validation(run: Run) -> None:
     run.validated_at = time.perf_counter()
-    by_step = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]
-    if by_step:
-        step_schedulers(run, by_step, run.facade.progress.global_step)
+    run.display.restart_clock(run.facade)
     if run.step is not None:
         run.step.refresh()
 
@@ -271,6 +288,8 @@ def _finish_resumed_batch(run: Run, interval: float | None, last_batch: bool) ->
     elif interval is not None and _validation_is_due(run, interval, last_batch, time.perf_counter()):
         _validate(run)
     if progress.window_open == 0:
+        plateaus = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]
+        step_schedulers(run, plateaus, progress.global_step)
         progress.stepping_batches += 1
 
 

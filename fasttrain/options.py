@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict
 
 from fasttrain.errors import OptionError, reject
 
@@ -149,7 +149,7 @@ def make_options(given: Mapping[str, Any]) -> Options:
     values: dict[str, Any] = dict(
         max_epochs=_epochs(max_epochs, max_steps, g.get("max_time")),
         epochs_were_set=max_epochs is not None or max_steps != -1 or g.get("max_time") is not None,
-        min_epochs=_int(g, "min_epochs", 0), max_steps=max_steps, min_steps=_int(g, "min_steps", 0),
+        min_epochs=_int(g, "min_epochs", 0 if g.get("min_steps") is None else 1), max_steps=max_steps, min_steps=_int(g, "min_steps", 0),
         max_seconds=None if g.get("max_time") is None else _seconds("max_time", g["max_time"]),
         fast_dev_run=fast, overfit_batches=overfit,
         val_check_interval=interval, val_check_seconds=seconds, check_val_every_n_epoch=every_epoch,
@@ -282,7 +282,8 @@ def _clip(g: Mapping[str, Any]) -> tuple[float | None, str]:
 
 
 def _accumulate(value: object) -> Mapping[int, int]:
-    schedule = {0: value} if isinstance(value, int) else dict(cast(Mapping[int, int], value or {0: 1}))
+    given: dict[Any, Any] = dict(value) if isinstance(value, Mapping) else {0: value}
+    schedule = given if given and value is not None else {0: 1}
     for epoch, k in schedule.items():
         if isinstance(k, bool) or not isinstance(k, int) or k < 1 or not isinstance(epoch, int) or epoch < 0:
             raise OptionError(reject("accumulate_grad_batches", repr(value), "an integer >= 1 or {epoch: integer >= 1}",

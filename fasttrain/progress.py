@@ -26,6 +26,8 @@ class Snapshot:
     loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     batches_per_s: float | None = None
+    unit: str = "it"  # what the rate counts, and how many of them a batch has
+    units_per_batch: int = 1
     seconds_left: float | None = None
     rung: str = ""
     note: str = ""
@@ -202,7 +204,8 @@ def _parts(snapshot: Snapshot) -> list[str]:
     if s.loss is not None:
         parts.append(f"loss {s.loss:.4g}")
     if s.batches_per_s is not None:
-        parts.append(f"{s.batches_per_s:.4g} it/s" if s.batches_per_s < 1000 else f"{s.batches_per_s:,.0f} it/s")
+        rate = s.batches_per_s * s.units_per_batch
+        parts.append(f"{rate:.4g} {s.unit}/s" if rate < 1000 else f"{rate:,.0f} {s.unit}/s")
     if s.seconds_left is not None:
         parts.append(f"{_clock(s.seconds_left)} left")
     parts += [f"{name} {value:.4g}" for name, value in s.metrics.items()]

@@ -45,6 +45,9 @@ class _Column:
     metric: Any = None  # a torchmetrics-like object logged as it is
 
     def fold(self, values: list[Any], weights: list[float]) -> None:
+        if is_metric(values[-1]):
+            self.metric = values[-1]
+            return
         if not self.key.on_epoch:
             return
         stacked = torch.stack([as_scalar(v) for v in values]).to(torch.float64)
@@ -82,10 +85,18 @@ class _Column:
 
 def as_scalar(value: Any) -> Tensor:
     """A 0-d tensor of what was logged; shape ``[]``. Raises ModuleError for anything with more than one element."""
-    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModuleError(f"self.log: got a {type(value).__name__}; wanted one number, a 0-d tensor or a metric object.") from error
     if tensor.numel() != 1:
         raise ModuleError(f"self.log: got a value of shape {list(tensor.shape)}; wanted one number. Reduce it first, e.g. .mean().")
     return tensor.reshape(())
+
+
+def is_metric(value: Any) -> bool:
+    """A torchmetrics-like object: it gathers by itself and is asked for its value."""
+    return hasattr(value, "compute") and hasattr(value, "update")
 
 
 class MetricStore:
@@ -107,17 +118,15 @@ class MetricStore:
 
     def log(self, key: LogKey, value: Any, batch_size: int) -> None:
         """One value logged outside the captured step."""
-        if hasattr(value, "compute") and hasattr(value, "update"):
-            self._column(key).metric = value
-            if key.on_step:
-                self._last[key.name] = (key, getattr(value, "_forward_cache", None))
-            return
-        value = as_scalar(value)
+        if not is_metric(value):
+            value = as_scalar(value)
         self._column(key).fold([value], [float(key.batch_size or batch_size)])
         if key.on_step:
             self._last[key.name] = (key, value)
 
     def _column(self, key: LogKey) -> _Column:
+        if not (key.on_step or key.on_epoch):
+            raise ModuleError(f"self.log({key.name!r}, on_step=False, on_epoch=False): nobody would hear of it. Set one of them.")
         column = self._columns.setdefault(key.name, _Column(key))
         if column.key[1:6] != key[1:6]:
             raise ModuleError(
@@ -152,6 +161,8 @@ class MetricStore:
         """The values of the newest step (``on_step`` ones)."""
         view = MetricView()
         for key, value in self._newest():
+            if is_metric(value):
+                value = getattr(value, "_forward_cache", None)
             if value is not None:
                 view.add(key, key.step_name, as_scalar(value).clone())
         return view
@@ -210,13 +221,11 @@ class MetricView:
 class Ledger:
     """Where the seconds of a run went, and what it did."""
 
-    compile_s: float = 0.0
-    measure_s: float = 0.0
+    compile_s: float = 0.0  # the dry look, measuring and compiling
     train_s: float = 0.0
     validate_s: float = 0.0
     checkpoint_s: float = 0.0
     batches: int = 0
-    samples: int = 0
     skipped_steps: int = 0
 
 

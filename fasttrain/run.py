@@ -15,6 +15,7 @@ from fasttrain.data import Source
 from fasttrain.display import Display
 from fasttrain.facade import SchedulerConfig, TrainerFacade
 from fasttrain.graphs.capture import Step, StepMaker
+from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.graphs.program import StepSpec
 from fasttrain.module import Trainable, to_device
 from fasttrain.options import Options
@@ -40,7 +41,7 @@ class Run:
     val: list[Source] = field(default_factory=list)
     report: CaptureReport = field(default_factory=CaptureReport)
     step: Step | None = None
-    eval_steps: dict[str, Any] = field(default_factory=dict)  # what runs an evaluation step of each stage
+    eval_steps: dict[tuple[str, int], EvalStep] = field(default_factory=dict)  # by stage and loader
     interrupted: bool = False
     stopped_by: str = ""
     started: float = field(default_factory=time.perf_counter)

@@ -64,10 +64,11 @@ class ByteGPT(nn.Module):
     """Next-byte prediction; batches are ``(rows,)`` with uint8 rows ``[B, block + 1]``."""
 
     log: Callable[..., None]  # fasttrain puts it there
+    progress_unit = ("it", 1)  # what the progress line counts, and how many of them are in a batch
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.steps = config, config.steps
         self.bytes = nn.Embedding(VOCABULARY, config.width)
         self.places = nn.Parameter(torch.empty(config.block, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -117,7 +118,7 @@ class ByteGPT(nn.Module):
 
     def lr_factor(self, step: int) -> float:
         """Of the peak: up in a line, down on a cosine to a tenth."""
-        warmup, steps = self.config.warmup_steps, self.config.steps
+        warmup, steps = self.config.warmup_steps, self.steps
         if step < warmup:
             return (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, steps - warmup))

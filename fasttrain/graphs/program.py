@@ -61,7 +61,7 @@ class StepOutput(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """What a traced micro-step gives back: tensors and constants only."""
+    """What a traced step gives back: tensors and constants only."""
 
     loss: Tensor | None
     grads: tuple[Tensor | None, ...]
@@ -115,6 +115,23 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
     return micro_step
 
 
+def make_eval_step(trainable: Trainable, spec: StepSpec, stage: str, *, keep: bool) -> Callable[..., Raw]:
+    """One evaluation step as a pure function ``f(batch, batch_idx, dataloader_idx)``, in the form a tracer takes whole."""
+    sink, step, true_dtype = trainable.sink, trainable.step(stage), TRUE_DTYPES.get(spec.precision)
+
+    def eval_step(batch: Any, batch_idx: int, dataloader_idx: int) -> Raw:
+        sink.items = []
+        if true_dtype is not None:
+            batch = cast_floats(batch, true_dtype)
+        with spec.autocast(cache=False):
+            output = step(batch, batch_idx, dataloader_idx)
+        items = sink.items
+        sink.items = None
+        return Raw(None, (), items, output if keep else None)
+
+    return eval_step
+
+
 def keys_and_values(items: Sequence[tuple[Any, ...]], suffix: str = "") -> tuple[tuple[LogKey, ...], list[Any]]:
     """Split the sink's items into their constant part and their values; a key logged twice keeps its last value."""
     last = {(item[0], item[8]): item for item in items}
@@ -123,7 +140,7 @@ def keys_and_values(items: Sequence[tuple[Any, ...]], suffix: str = "") -> tuple
 
 def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:
     """The loss, or a ModuleError that says what came instead. Host read: only the dry look calls this."""
-    loss = loss_of(output)
+    loss: Any = output if isinstance(output, (int, float)) else loss_of(output)
     what = f"the loss of {module_name}.training_step"
     if loss is None:
         got = f"a dict with keys {sorted(map(str, output))}" if isinstance(output, dict) else type(output).__name__

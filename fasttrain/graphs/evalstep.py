@@ -1,0 +1,71 @@
+"""Evaluation steps: eager, or traced once where enough batches are still to come to pay for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fasttrain.graphs.contract import Key, batch_size_of, key_of
+from fasttrain.graphs.explain import obstacle_from
+from fasttrain.graphs.program import Raw, StepSpec, keys_and_values, make_eval_step
+from fasttrain.graphs.trace import Plan, Trace
+from fasttrain.module import Trainable
+from fasttrain.results import LogKey, Obstacle
+
+PAYS_FROM = 1000  # batches still to be evaluated; a count and not a time, so that every run decides the same
+
+
+class EvalStep:
+    """``step(batch, batch_idx, dataloader_idx) -> (output, keys, values, batch_size)`` of one stage."""
+
+    def __init__(self, trainable: Trainable, spec: StepSpec, stage: str, *, keep: bool, suffix: str) -> None:
+        self._trainable, self._spec, self._keep, self._suffix = trainable, spec, keep, suffix
+        self._function = make_eval_step(trainable, spec, stage, keep=keep)
+        self._trace: Trace | None = None
+        self._key: Key | None = None
+        self._plan: Plan | None = None
+        self._keys: tuple[LogKey, ...] = ()
+        self._dirty = True
+        self.obstacles: list[Obstacle] = []
+        self.traced = False
+
+    def begin(self, batches_left: float, *, may_trace: bool) -> None:
+        """A pass begins: user code may have run since the last one. Enough ``batches_left`` make tracing pay."""
+        self._dirty = True
+        if may_trace and not self.traced and batches_left >= PAYS_FROM:
+            self.traced = True
+            self._trace = Trace(self._function, self._trainable.sink, self._spec, dynamic=False, cpp_wrapper=False)
+
+    def __call__(self, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Any, tuple[LogKey, ...], Any, int]:
+        if self._plan is not None and not self._dirty:
+            out = self._plan(batch)
+            if out is not None:
+                return None, self._keys, out.values, out.batch_size
+        raw = self._guarded(batch, batch_idx, dataloader_idx)
+        keys, values = keys_and_values(raw.items, self._suffix)
+        if keys != self._keys:
+            self._keys = keys
+        return raw.returned, self._keys, values, batch_size_of(batch)
+
+    def _guarded(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Raw:
+        trace, key = self._trace, key_of(batch)
+        if trace is not None and self._key in (None, key):
+            self._key, self._dirty = key, False
+            try:
+                raw = trace(batch, batch_idx, dataloader_idx)
+            except Exception as error:
+                self._trainable.sink.items, self._trace, self._plan = None, None, None
+                self.obstacles.append(obstacle_from(error))
+            else:
+                self._make_plan(trace, raw, batch)
+                return raw
+        with self._spec.default_dtype():
+            return self._function(batch, batch_idx, dataloader_idx)
+
+    def _make_plan(self, trace: Trace, raw: Raw, batch: Any) -> None:
+        entry, self._plan = trace.entry, None
+        assert entry is not None
+        try:
+            self._plan = Plan(entry, raw, batch)
+        except (LookupError, KeyError):
+            self._plan = None  # its guards are evaluated at every call then
+        entry.args, entry.outs = (), ()

@@ -1,0 +1,176 @@
+"""One function traced whole by torch.compile, and the way past its guards for the steps between which nobody's code ran."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import CaptureError
+from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
+from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
+
+VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
+
+
+# Ints on a module (counters) become symbols at their second value; a step that still changes is given up early.
+DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
+
+
+class Trace:
+    """One ``torch.compile`` of a step, and what its last guarded call really ran."""
+
+    def __init__(self, function: Callable[..., Raw], sink: object, spec: StepSpec, *, dynamic: bool, cpp_wrapper: bool) -> None:
+        self._sink, self._spec = sink, spec
+        # Sizes are checked against the contract before a direct call, and by the guards before any other.
+        self._patches = {"fallback_random": True, "cpp_wrapper": cpp_wrapper, "size_asserts": False}
+        self.count = 0
+        self.entry: _Entry | None = None
+        # A code object of its own: Dynamo's cache and its recompile limit belong to the code, not to the closure.
+        assert isinstance(function, FunctionType)
+        own = FunctionType(
+            function.__code__.replace(), function.__globals__, "step", function.__defaults__, function.__closure__
+        )
+        self._call = torch.compile(own, fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
+
+    def __call__(self, *args: Any) -> Raw:
+        """The guarded call: traces when it must. Raises whatever the tracer raises."""
+        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), _quiet():
+            out: Raw = self._call(*args)
+        return out
+
+    def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        entry = _Entry()
+        entry.inspect(self._sink)
+        self.count += 1
+        entry.run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
+
+        def recorded(*args: Any) -> Any:
+            outs = entry.run(*args)
+            entry.args, entry.outs, self.entry = args, outs, entry
+            return outs
+
+        return recorded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Dynamo logs what we report in a sentence ourselves; its errors still come as exceptions."""
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+class _Entry:
+    """One compiled graph: its callable, whether calling it alone is the whole step, and its last call."""
+
+    def __init__(self) -> None:
+        self.run: Callable[..., Any] = _never
+        self.args: Sequence[Any] = ()
+        self.outs: Sequence[Any] = ()
+        self.pure = False
+        self.why_not = ""
+
+    def inspect(self, sink: object) -> None:
+        """Called while Dynamo traces. Pure: no Python side effect but our sink's, no guard on what changes every step."""
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        output = InstructionTranslator.current_tx().output
+        effects = output.side_effects
+        if getattr(effects, "tensor_hooks", None):
+            raise CaptureError("Tensor.register_hook inside training_step: the tracer would drop it in silence.")
+        changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
+        foreign = [v for v in changed if not _is_new(v) and getattr(v, "value", None) is not sink]
+        guards = {_name(g) for g in output.guards}
+        varying = [n for n in guards if n.rstrip("']").endswith(VARYING)]
+        if foreign:
+            self.why_not = f"the step changes Python state ({type(getattr(foreign[0], 'value', foreign[0])).__name__})"
+        elif varying:
+            self.why_not = f"the step reads {varying[0]}, which changes every step"
+        self.pure = not (foreign or varying)
+
+
+def _is_new(variable: Any) -> bool:
+    return "New" in type(variable.mutation_type).__name__
+
+
+def _name(guard: Any) -> str:
+    name = guard.name
+    return str(name() if callable(name) else name)
+
+
+def _never(*args: Any) -> Any:
+    raise AssertionError("a graph that was never compiled")
+
+
+class Plan:
+    """A pure compiled graph called directly: batch leaves in, loss, gradients and logged values out."""
+
+    def __init__(self, entry: _Entry, raw: Raw, batch: Any) -> None:
+        leaves = tensors_of(batch)
+        if (
+            leaves is None
+            or len({id(t) for t in leaves}) != len(leaves)
+            or raw.returned is not None
+            or not entry.pure
+            or not all(isinstance(a, Tensor) for a in entry.args)
+        ):
+            raise LookupError
+        place = {id(o): i for i, o in enumerate(entry.outs)}
+        where = {id(t): i for i, t in enumerate(leaves)}
+        self.run, self.read, self.kind = entry.run, reader_for(batch), type(batch)
+        self.args: list[Any] = [None if id(a) in where else a for a in entry.args]
+        self.slots = [(i, where[id(a)]) for i, a in enumerate(entry.args) if id(a) in where]
+        self.contract = [(t.shape, t.stride(), t.dtype) for t in leaves]
+        self.batch_size = batch_size_of(batch)
+        self.names = list(batch) if isinstance(batch, dict) else None
+        self.structure = structure(batch) if self.read is tensors_of else None
+        self.keys, values = keys_and_values(raw.items)
+        if any(not isinstance(v, Tensor) for v in values):
+            raise LookupError
+        self.loss = None if raw.loss is None else place[id(raw.loss)]
+        self.values = _picker([place[id(v)] for v in values])
+        self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
+
+    def __call__(self, batch: Any) -> StepOutput | None:
+        """The step, or None when this batch is not what the graph was made for. No guard is evaluated."""
+        if type(batch) is not self.kind or (self.names is not None and list(batch) != self.names):
+            return None
+        if self.structure is not None and structure(batch) != self.structure:
+            return None
+        leaves = batch if self.read is None else tuple(self.read(batch) or ())
+        if len(leaves) != len(self.contract):
+            return None
+        for t, (shape, stride, dtype) in zip(leaves, self.contract):  # noqa: B905 - lengths were just compared
+            if t.shape != shape or t.dtype is not dtype or t.stride() != stride or t.requires_grad:
+                return None
+        args = self.args
+        for i, j in self.slots:
+            args[i] = leaves[j]
+        outs = self.run(*args)
+        loss = None if self.loss is None else outs[self.loss]
+        return StepOutput(loss, self.keys, self.values(outs), None, self.grads(outs), self.batch_size)
+
+
+def _picker(indices: list[int | None]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that picks these places out of a graph's outputs, in C wherever it can be."""
+    present = [i for i in indices if i is not None]
+    if not present:
+        return lambda outs: indices
+    if len(present) == len(indices) and present == list(range(present[0], present[0] + len(present))):
+        return itemgetter(slice(present[0], present[0] + len(present)))
+    if len(present) == len(indices):
+        return itemgetter(*present)
+    return lambda outs: [None if i is None else outs[i] for i in indices]
