@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     env.set_defaults(run=_env)
 
     explain = commands.add_parser("explain", help="capture one step of your module and say what was captured and what was not")
-    explain.add_argument("factory", metavar="MODULE:FACTORY", help="a function that returns (module, train_loader) or (module, train_loader, options)")
+    explain.add_argument(
+        "factory", metavar="MODULE:FACTORY", help="a function that returns (module, train_loader) or (module, train_loader, options)"
+    )
     explain.set_defaults(run=_explain)
     return parser
 
@@ -114,7 +116,9 @@ def _made_by(name: str) -> tuple[Any, Any, dict[str, Any]]:
         raise OptionError(reject("the factory", f"{name!r} ({error})", wanted, "Call it from the folder your module is in.")) from error
     made = factory()
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance((*made, {})[2], dict):
-        raise OptionError(reject(f"what {name} returned", type(made).__name__, "(module, loader) or (module, loader, options)", "Return those."))
+        raise OptionError(
+            reject(f"what {name} returned", type(made).__name__, "(module, loader) or (module, loader, options)", "Return those.")
+        )
     return made[0], made[1], dict((*made, {})[2])
 
 

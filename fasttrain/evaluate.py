@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fasttrain.data import END, Lookahead, Source
+from fasttrain.graphs.contract import batch_size_of
 from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.results import MetricView
 from fasttrain.run import Run

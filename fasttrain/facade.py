@@ -295,11 +295,10 @@ class TrainerFacade:
         return self._stamps.get(name)
 
     def _now(self) -> MetricView:
-        if self.state.stage in ("validate", "test", "predict"):
-            return MetricView() if self.sanity_checking else self.eval_store.at_epoch_end() if self.epoch_ended else MetricView()
         view = self.train_store.at_step()
-        if self.epoch_ended:
-            end = self.train_store.at_epoch_end()
+        evaluating = self.state.stage in ("validate", "test", "predict")
+        if self.epoch_ended and not self.sanity_checking:
+            end = (self.eval_store if evaluating else self.train_store).at_epoch_end()
             for mine, theirs in ((view.callback, end.callback), (view.logged, end.logged), (view.bar, end.bar)):
                 mine.update(theirs)
         return view

@@ -255,6 +255,7 @@ class CaptureReport:
     traces: int = 0
     direct: bool = False  # steady steps call the graph past its guards
     why_guarded: str = ""
+    cpp_wrapper: bool = False
     obstacles: list[Obstacle] = field(default_factory=list)
     timings_us: dict[str, float] = field(default_factory=dict)
 

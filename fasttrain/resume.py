@@ -53,13 +53,19 @@ def _training_state(run: Run) -> dict[str, Any]:
         "train_metrics": facade.train_store.state(),
         "known_metrics": dict(facade.callback_metrics),
         "datamodule": _datamodule_state(facade.datamodule),
-        "torch_threads": run.report.threads,
-        "rung": run.report.rung,
+        "decided": _decided(run),
     }
 
 
 def _datamodule_state(datamodule: Any) -> Any:
     return datamodule.state_dict() or None if callable(getattr(datamodule, "state_dict", None)) else None
+
+
+def _decided(run: Run) -> dict[str, Any] | None:
+    """What ``auto`` chose: a resumed run must compute the same bits, not measure anew."""
+    if run.step is None:
+        return None
+    return {"rung": run.report.rung, "threads": run.report.threads, "cpp_wrapper": run.report.cpp_wrapper}
 
 
 def _hparams(run: Run) -> dict[str, Any] | None:
@@ -147,6 +153,7 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
     facade.restore_known(saved["known_metrics"])
     if saved["datamodule"] is not None and callable(getattr(facade.datamodule, "load_state_dict", None)):
         facade.datamodule.load_state_dict(saved["datamodule"])
+    maker.decided = saved["decided"]
     run.open_gradients = saved["open_gradients"]
     run.resume = {"rng": saved["rng"], "epoch_rng": saved["epoch_rng"] if facade.progress.epoch_open else None}
 

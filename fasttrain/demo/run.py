@@ -49,8 +49,8 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "small": Size(config=GPTConfig(layers=5, heads=4, width=128, block=64, lr=3e-3, warmup_steps=50), batch=16, sample_bytes=400),
-    "base": Size(config=GPTConfig(layers=6, heads=6, width=384, block=128, lr=1e-3, warmup_steps=50), batch=8, sample_bytes=200),
+    "small": Size(config=GPTConfig(layers=4, heads=4, width=144, block=64, lr=4e-3), batch=16, sample_bytes=400),
+    "base": Size(config=GPTConfig(layers=6, heads=6, width=384, block=128, lr=1.5e-3), batch=8, sample_bytes=200),
 }
 
 
@@ -90,7 +90,9 @@ def demo(
     seed_everything(plan.seed)
     model = _model(shape)
     train, validation = _rows(text, shape)
-    print(f"text: {text.train.numel() / 1e6:.1f} MB of {text.train_files} files to train on, {text.validation_files} other files to validate")
+    print(
+        f"text: {text.train.numel() / 1e6:.1f} MB of {text.train_files} files to train on, {text.validation_files} other files to validate"
+    )
     print(f"model: {_millions(model)}, {shape.config.layers} layers of width {shape.config.width}, {shape.config.block} bytes of context")
     done = 0 if before is None else int(json.loads((before / checkpoint.MANIFEST).read_text())["global_step"])
     if done >= plan.steps:
@@ -98,7 +100,9 @@ def demo(
     plan = _in_folder(plan, out, before)
     model.steps = plan.steps
     rest = f" (of which {done:,} are done)" if done else ""
-    print(f"plan: {plan.steps:,} steps{rest} of {shape.tokens:,} bytes in {plan.precision}, {max_time:.0f} s of training at most", flush=True)
+    print(
+        f"plan: {plan.steps:,} steps{rest} of {shape.tokens:,} bytes in {plan.precision}, {max_time:.0f} s of training at most", flush=True
+    )
     trainer, keeper = _trainer(model, plan, out, max_time, capture, shape)
     val_loader = DataLoader(TensorDataset(validation), batch_size=64)
     finished = True
@@ -116,7 +120,9 @@ def demo(
 def _find(out: Path) -> Path:
     found = checkpoint.newest([out])
     if found is None:
-        raise OptionError(reject("--resume", f"no checkpoint below {out}", "one that an earlier demo wrote", "Leave --resume out, or give its --out."))
+        raise OptionError(
+            reject("--resume", f"no checkpoint below {out}", "one that an earlier demo wrote", "Leave --resume out, or give its --out.")
+        )
     return found
 
 

@@ -7,6 +7,8 @@ import math
 from fasttrain.demo.model import ByteGPT
 from fasttrain.results import FitResult
 
+MOST_SAMPLE_S = 5.0
+
 
 def summary(result: FitResult, *, tokens_per_step: int, steps_before: int, val_loss: float, entropy: float) -> dict[str, str]:
     """Rows to print. ``val_loss`` is in nats a byte, ``entropy`` in bits a byte; ``steps_before`` were another run's."""
@@ -26,7 +28,7 @@ def summary(result: FitResult, *, tokens_per_step: int, steps_before: int, val_l
 
 def sample_text(model: ByteGPT, count: int, seed: int) -> str:
     """``count`` bytes after "def ", as text without control characters."""
-    text = model.generate(b"def ", count, seed=seed).decode("utf-8", "replace")
+    text = model.generate(b"def ", count, seed=seed, max_seconds=MOST_SAMPLE_S).decode("utf-8", "replace")
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 

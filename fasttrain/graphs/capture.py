@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +62,7 @@ class StepMaker:
     live: frozenset[str]  # in-step hooks somebody overrides
     say: Callable[[str], None]
     workers: int = 0  # loader processes that want a core
+    decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
 
     def eager(self) -> EagerStep:
         params = trainable_params(self.optimizer)
@@ -81,7 +83,8 @@ def dry_look(maker: StepMaker, batch: Any) -> None:
     module = maker.trainable.module
     before = maker.snapshot()
     try:
-        output, _ = forward(maker.trainable, maker.spec, "train", batch, 0)
+        with unheard():
+            output, _ = forward(maker.trainable, maker.spec, "train", batch, 0)
         if output is not None:
             check_loss(output, type(module).__name__, finite=maker.options.nonfinite != "ignore")
     except FasttrainError:
@@ -168,12 +171,18 @@ def _compile(maker: StepMaker, report: CaptureReport, batch: Any, why: str, *, c
     step.refresh()
     report.rung, report.whole, report.pieces, report.why = "compile", True, 1, why
     report.compile_s, report.traces, report.threads = step.compile_s, step.traces, torch.get_num_threads()
+    report.cpp_wrapper = cpp_wrapper
     return step, report
 
 
 def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float) -> tuple[Step, CaptureReport]:
     if maker.options.deterministic:
         return _compile(maker, report, batch, "deterministic: nothing is measured")
+    if maker.decided is not None:
+        torch.set_num_threads(maker.decided["threads"])
+        if maker.decided["rung"] == "eager":
+            return _eager(maker, report, "as in the checkpoint")
+        return _compile(maker, report, batch, "as in the checkpoint", cpp_wrapper=maker.decided["cpp_wrapper"])
     key = decisions.key_for(maker.trainable.module, maker.optimizer, batch, maker.options)
     known = decisions.recall(key)
     if known is not None and "compile_us" in known:
@@ -186,6 +195,8 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
     eager_s, threads = _time_eager(maker, batch)
     torch.set_num_threads(threads)
     report.timings_us = {"eager": eager_s * 1e6}
+    if maker.options.max_seconds is not None:
+        remaining = min(remaining, maker.options.max_seconds / eager_s)
     tensors = len(trainable_params(maker.optimizer))
     cost = 8.0 + 0.08 * tensors
     if remaining * eager_s * SAVING < cost:
@@ -271,14 +282,20 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
     """Least seconds of a whole step over a few, from a snapshot that is put back."""
     before = maker.snapshot()
     best, end = float("inf"), time.perf_counter() + budget_s
-    for i in range(20):
-        started = time.perf_counter()
-        step.micro_step(batch, i, first=True, last=True, divisor=1)
-        if not step.takes_closure:
-            step.update_step(1.0)
-        now = time.perf_counter()
-        best = min(best, now - started) if i else best
-        if now > end and i >= 2:
-            break
+    with unheard():
+        for i in range(20):
+            started = time.perf_counter()
+            step.micro_step(batch, i, first=True, last=True, divisor=1)
+            if not step.takes_closure:
+                step.update_step(1.0)
+            now = time.perf_counter()
+            best = min(best, now - started) if i else best
+            if now > end and i >= 2:
+                break
     before.restore()
     return best
+
+
+def unheard() -> AbstractContextManager[Any]:
+    """What a step prints while it is only looked at or timed is not the user's news."""
+    return redirect_stdout(io.StringIO())

@@ -63,7 +63,8 @@ class EvalStep:
 
     def _make_plan(self, trace: Trace, raw: Raw, batch: Any) -> None:
         entry, self._plan = trace.entry, None
-        assert entry is not None
+        if entry is None:  # nothing but Python was traced: there is no graph
+            return
         try:
             self._plan = Plan(entry, raw, batch)
         except (LookupError, KeyError):

@@ -34,9 +34,7 @@ class Trace:
         self.entry: _Entry | None = None
         # A code object of its own: Dynamo's cache and its recompile limit belong to the code, not to the closure.
         assert isinstance(function, FunctionType)
-        own = FunctionType(
-            function.__code__.replace(), function.__globals__, "step", function.__defaults__, function.__closure__
-        )
+        own = FunctionType(function.__code__.replace(), function.__globals__, "step", function.__defaults__, function.__closure__)
         self._call = torch.compile(own, fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Raw:
