@@ -29,7 +29,7 @@ class Display:
 
     def start(self, facade: TrainerFacade) -> None:
         self._unit = getattr(facade.lightning_module, "progress_unit", self._unit)
-        self._bar.start(Snapshot(stage="train", max_epochs=_epochs(facade)))
+        self._bar.start(Snapshot(stage="train", max_epochs=_epochs(facade), total_batches=_total(facade)))
         self.due = math.inf if self._silent else 0.0
         self.restart_clock(facade)
 

@@ -113,7 +113,10 @@ def _step_of(run: Run, source: Source, stage: str, index: int, suffix: str) -> E
     step = run.eval_steps.get((stage, index))
     if step is None:
         step = run.eval_steps[stage, index] = EvalStep(run.trainable, run.spec, stage, keep=keep, suffix=suffix)
-    captured = run.facade.state.fn == "fit" and not run.facade.sanity_checking and run.report.rung == "compile"
+    rung = run.report.rung
+    if run.step is None and run.maker is not None and run.maker.decided is not None:
+        rung = run.maker.decided["rung"]  # a resumed run that still owes a validation: as the run did that was saved
+    captured = run.facade.state.fn == "fit" and not run.facade.sanity_checking and rung == "compile"
     step.begin(math.inf if run.options.capture == "compile" else _passes_left(run) * source.batches, may_trace=captured)
     return step
 

@@ -92,7 +92,7 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     train = run.train
     assert train is not None
     store, remember, clock = facade.train_store, display.recent.append, time.perf_counter
-    window, total, batch_idx, divisor = options.window(progress.epoch), train.batches, progress.batches_done - 1, 1
+    window, total, batch_idx, divisor = options.window(progress.epoch), train.batches, progress.batches_done - 1, progress.divisor
     interval = _interval(run)
     transfer, loggers, log_every = run.transfer(), facade.loggers, options.log_every_n_steps
     starts, ends = run.live("on_train_batch_start", "on_batch_start"), run.live("on_train_batch_end", "on_batch_end")
@@ -131,7 +131,7 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
             step = _capture(run, batch)
             deadline = _deadline(run)
         if progress.window_open == 0:
-            divisor = window_length(batch_idx, window, total) if window > 1 else 1
+            progress.divisor = divisor = window_length(batch_idx, window, total) if window > 1 else 1
         progress.window_open += 1
         last_batch = ahead.last
         last = progress.window_open >= divisor or last_batch

@@ -24,6 +24,7 @@ class Progress:
     batches_seen: int = 0  # over all epochs
     stepping_batches: int = 0  # batches that ended a window before the current one; the loggers' x axis
     window_open: int = 0  # batches in the window since the last step
+    divisor: int = 1  # what the open window's losses are divided by
     epoch_open: bool = False
     phase: str = ""  # hooks that may save are running: "batch_end" | "validation" | "epoch_end"; says what a resume still owes
 
@@ -67,7 +68,7 @@ class Snapshot:
         self._module = module
         self._tensors = [(t, t.detach().clone()) for t in _tensors(module)]
         self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
-        self._attributes = [(m, _plain_attributes(m)) for m in module.modules()]
+        self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in module.modules()]
         self._modes = [(m, m.training) for m in module.modules()]
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers or []]
         self._groups = [(g, {k: v for k, v in g.items() if k != "params"}) for o in optimizers or [] for g in o.param_groups]
@@ -80,7 +81,9 @@ class Snapshot:
             tensor.copy_(value)
         for parameter, grad in self._grads:
             parameter.grad = grad
-        for m, attributes in self._attributes:
+        for m, attributes, names in self._attributes:
+            for name in [n for n in m.__dict__ if n not in names]:
+                del m.__dict__[name]
             _restore_attributes(m, attributes)
         for m, training in self._modes:
             m.training = training

@@ -113,7 +113,7 @@ def demo(
             raise
         finished = False
     assert trainer.result is not None
-    _report(trainer, trainer.result, keeper, model, plan, shape, out, done, validation, val_loader)
+    _report(trainer.result, keeper, model, plan, shape, out, done, validation, val_loader)
     return finished
 
 
@@ -222,12 +222,12 @@ def _trainer(model: ByteGPT, plan: Plan, out: Path, max_time: float, capture: st
 
 
 def _report(
-    trainer: CompiledFit, result: FitResult, keeper: ModelCheckpoint, model: ByteGPT, plan: Plan, shape: Size,
+    result: FitResult, keeper: ModelCheckpoint, model: ByteGPT, plan: Plan, shape: Size,
     out: Path, done: int, validation: Tensor, val_loader: Any,
 ) -> None:  # fmt: skip
     """Summary and sample, both of the weights as they are now."""
-    ended_on_validation = result.steps % plan.validate_every == 0 and "val_loss" in result.metrics
-    loss = result.metrics["val_loss"] if ended_on_validation else trainer.validate(val_loader)["val_loss"]
+    quiet = compile_fit(model, precision=plan.precision, enable_progress_bar=False)
+    loss = quiet.validate(val_loader)["val_loss"]
     rows = {"parameters": _millions(model)} | summary(
         result,
         tokens_per_step=shape.tokens,

@@ -48,6 +48,7 @@ class CompileStep:
         self.direct = False
         self.why_guarded = ""
         self.epoch = 0
+        self._traced_before = 0
         self._bind()
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
@@ -75,7 +76,7 @@ class CompileStep:
 
     @property
     def traces(self) -> int:
-        return sum(t.count for t in self._traces.values() if t is not None)
+        return self._traced_before + sum(t.count for t in self._traces.values() if t is not None)
 
     def gradients(self) -> dict[str, Tensor]:
         """The open window's gradients by parameter name, for a checkpoint in mid-window."""
@@ -117,6 +118,7 @@ class CompileStep:
         self.params = trainable_params(self._optimizer)
         self._micro_step = make_micro_step(self._trainable, self._spec, self.params)
         self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler)
+        self._traced_before = self.traces
         self._traces, self._plan = {}, None
         self._seen.clear()
         self._static_keys.clear()
@@ -167,8 +169,8 @@ class CompileStep:
             try:
                 self._plan = Plan(entry, raw, batch)
                 self.direct = True
-            except (LookupError, KeyError):
-                self.why_guarded = self.why_guarded or "the batch or what is returned is not made of tensors alone"
+            except LookupError as reason:
+                self.why_guarded = self.why_guarded or str(reason)
         entry.args, entry.outs = (), ()
 
     def _trace_for(self, key: Key) -> Trace | None:

@@ -67,6 +67,6 @@ class EvalStep:
             return
         try:
             self._plan = Plan(entry, raw, batch)
-        except (LookupError, KeyError):
+        except LookupError:
             self._plan = None  # its guards are evaluated at every call then
         entry.args, entry.outs = (), ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of thes
 # Ints on a module (counters) become symbols at their second value; a step that still changes is given up early.
 DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
 
+_NUMBERS = itertools.count()
+
 
 class Trace:
     """One ``torch.compile`` of a step, and what its last guarded call really ran."""
@@ -32,9 +35,11 @@ class Trace:
         self._patches = {"fallback_random": True, "cpp_wrapper": cpp_wrapper, "size_asserts": False}
         self.count = 0
         self.entry: _Entry | None = None
-        # A code object of its own: Dynamo's cache and its recompile limit belong to the code, not to the closure.
+        # A code object and a name of its own: Dynamo's cache and recompile limit belong to the code, and what it
+        # has learnt of changing sizes to the code's name and place, not to the closure.
         assert isinstance(function, FunctionType)
-        own = FunctionType(function.__code__.replace(), function.__globals__, "step", function.__defaults__, function.__closure__)
+        code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
+        own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
         self._call = torch.compile(own, fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Raw:
@@ -118,14 +123,14 @@ class Plan:
 
     def __init__(self, entry: _Entry, raw: Raw, batch: Any) -> None:
         leaves = tensors_of(batch)
-        if (
-            leaves is None
-            or len({id(t) for t in leaves}) != len(leaves)
-            or raw.returned is not None
-            or not entry.pure
-            or not all(isinstance(a, Tensor) for a in entry.args)
-        ):
-            raise LookupError
+        if leaves is None or len({id(t) for t in leaves}) != len(leaves):
+            raise LookupError("the batch is not made of distinct tensors alone")
+        if raw.returned is not None:
+            raise LookupError("somebody reads what the step returns")
+        if not entry.pure:
+            raise LookupError(entry.why_not)
+        if not all(isinstance(a, Tensor) for a in entry.args):
+            raise LookupError("the graph takes numbers that change")
         place = {id(o): i for i, o in enumerate(entry.outs)}
         where = {id(t): i for i, t in enumerate(leaves)}
         self.run, self.read, self.kind = entry.run, reader_for(batch), type(batch)
@@ -136,8 +141,9 @@ class Plan:
         self.names = list(batch) if isinstance(batch, dict) else None
         self.structure = structure(batch) if self.read is tensors_of else None
         self.keys, values = keys_and_values(raw.items)
-        if any(not isinstance(v, Tensor) for v in values):
-            raise LookupError
+        results = [*([] if raw.loss is None else [raw.loss]), *values, *(g for g in raw.grads if g is not None)]
+        if any(id(r) not in place for r in results):
+            raise LookupError("the step gives back something that is no output of its graph")
         self.loss = None if raw.loss is None else place[id(raw.loss)]
         self.values = _picker([place[id(v)] for v in values])
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
