@@ -114,7 +114,7 @@ def _step_of(run: Run, source: Source, stage: str, index: int, suffix: str) -> E
     if step is None:
         step = run.eval_steps[stage, index] = EvalStep(run.trainable, run.spec, stage, keep=keep, suffix=suffix)
     rung = run.report.rung
-    if run.step is None and run.maker is not None and run.maker.decided is not None:
+    if run.step is None and run.maker is not None and run.maker.decided is not None and run.options.capture != "eager":
         rung = run.maker.decided["rung"]  # a resumed run that still owes a validation: as the run did that was saved
     captured = run.facade.state.fn == "fit" and not run.facade.sanity_checking and rung == "compile"
     step.begin(math.inf if run.options.capture == "compile" else _passes_left(run) * source.batches, may_trace=captured)

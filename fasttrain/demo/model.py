@@ -59,9 +59,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
         x = x + self.attention(self.norm1(x))
-        wide: Tensor = F.gelu(self.up(self.norm2(x)))
-        x = x + self.down(wide)
-        return x
+        y: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return y
 
 
 class ByteGPT(nn.Module):

@@ -29,7 +29,7 @@ from fasttrain.loggers import CsvLogger, JsonlLogger
 from fasttrain.loggers.run_directory import next_version
 from fasttrain.results import FitResult
 
-VALIDATION_BYTES = 32_768
+VALIDATION_BYTES = 16_384
 MOST_VALIDATIONS = 16
 PLAN = "plan.json"
 
@@ -184,7 +184,7 @@ def _eager_step_s(model: ByteGPT, rows: Tensor, shape: Size, precision: str) -> 
 def _extended(plan: Plan, done: int, max_time: float, step_s: float, shape: Size, val_rows: int) -> Plan:
     """As many steps more as ``max_time`` has room for, with a validation now and then that takes a small part of it."""
     validation_s = step_s / 3 * val_rows / shape.batch  # a forward pass is a third of a step
-    validations = max(1, min(MOST_VALIDATIONS, int(0.06 * max_time / validation_s)))
+    validations = max(2, min(MOST_VALIDATIONS, int(0.1 * max_time / validation_s)))
     every = max(1, int((max_time - validations * validation_s) / step_s / validations))
     return replace(plan, steps=done + every * validations, validate_every=every)
 

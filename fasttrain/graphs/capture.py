@@ -68,8 +68,8 @@ class StepMaker:
         params = trainable_params(self.optimizer)
         return EagerStep(self.trainable, self.spec, self.optimizer, params, self.options, self.scaler, self.fire, self.live)
 
-    def compiled(self, *, cpp_wrapper: bool) -> CompileStep:
-        return CompileStep(self.trainable, self.spec, self.optimizer, self.options, self.scaler, cpp_wrapper=cpp_wrapper)
+    def compiled(self, *, cpp_wrapper: bool, graph: bool = False) -> CompileStep:
+        return CompileStep(self.trainable, self.spec, self.optimizer, self.options, self.scaler, cpp_wrapper=cpp_wrapper, graph=graph)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.trainable.module, [self.optimizer])
@@ -111,21 +111,19 @@ def capture_step(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[
 
 
 def _choose(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[Step, CaptureReport]:
-    wanted = maker.options.capture
+    wanted, device = maker.options.capture, maker.spec.device.type
     report = CaptureReport(tail=_tail_name(maker), threads=torch.get_num_threads())
     report.obstacles = obstacles_of(maker)
-    if wanted == "graph":
-        raise CaptureError(
-            f"capture='graph' needs a CUDA device; this run is on {maker.spec.device.type}. Use capture='auto' or 'compile'."
-        )
+    if wanted == "graph" and device != "cuda":
+        raise CaptureError(f"capture='graph' needs a CUDA device; this run is on {device}. Use capture='auto' or 'compile'.")
     if wanted == "eager":
         return _eager(maker, report, "asked for")
     if report.obstacles:
-        if wanted == "compile":
-            raise CaptureError("capture='compile' cannot be had:\n" + "\n".join(f"  - {o}" for o in report.obstacles))
+        if wanted != "auto":
+            raise CaptureError(f"capture={wanted!r} cannot be had:\n" + "\n".join(f"  - {o}" for o in report.obstacles))
         return _eager(maker, report, str(report.obstacles[0]))
-    if wanted == "compile":
-        return _compile(maker, report, batch, "asked for")
+    if wanted != "auto":
+        return _traced(maker, report, batch, "asked for", graph=wanted == "graph")
     return _auto(maker, report, batch, remaining_steps)
 
 
@@ -150,83 +148,81 @@ def _eager(maker: StepMaker, report: CaptureReport, why: str) -> tuple[Step, Cap
     return maker.eager(), report
 
 
-def _compile(maker: StepMaker, report: CaptureReport, batch: Any, why: str, *, cpp_wrapper: bool = False) -> tuple[Step, CaptureReport]:
+def _traced(
+    maker: StepMaker, report: CaptureReport, batch: Any, why: str, *, cpp_wrapper: bool = False, graph: bool = False
+) -> tuple[Step, CaptureReport]:
     """Trace now, on a snapshot, so that a failure costs nothing but time."""
-    step = maker.compiled(cpp_wrapper=cpp_wrapper)
+    step = maker.compiled(cpp_wrapper=cpp_wrapper, graph=graph)
     maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
     before = maker.snapshot()
     error: Exception | None = None
     try:
-        step.micro_step(batch, 0, first=True, last=True, divisor=1)
+        with unheard():
+            step.micro_step(batch, 0, first=True, last=True, divisor=1)
     except Exception as caught:
         error = caught
     before.restore()
     maker.trainable.sink.items = None
     if error is not None:
         report.obstacles.append(obstacle_from(error))
-        if maker.options.capture == "compile":
-            raise CaptureError(f"capture='compile' cannot be had: {report.obstacles[-1]}") from error
+        if maker.options.capture != "auto":
+            raise CaptureError(f"capture={maker.options.capture!r} cannot be had: {report.obstacles[-1]}") from error
         return _eager(maker, report, f"it cannot be traced whole: {report.obstacles[-1]}")
     maker.say(f"compiled in {step.compile_s:.1f} s")
     step.refresh()
-    report.rung, report.whole, report.pieces, report.why = "compile", True, 1, why
+    report.rung, report.whole, report.pieces, report.why = step.rung, True, 1, why
     report.compile_s, report.traces, report.threads = step.compile_s, step.traces, torch.get_num_threads()
     report.cpp_wrapper = cpp_wrapper
     return step, report
 
 
 def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float) -> tuple[Step, CaptureReport]:
+    """What a checkpoint or this machine has decided before, else by measuring."""
+    graph = maker.spec.device.type == "cuda"
     if maker.options.deterministic:
-        return _compile(maker, report, batch, "deterministic: nothing is measured")
+        return _traced(maker, report, batch, "deterministic: nothing is measured", graph=graph)
     if maker.decided is not None:
         torch.set_num_threads(maker.decided["threads"])
         if maker.decided["rung"] == "eager":
             return _eager(maker, report, "as in the checkpoint")
-        return _compile(maker, report, batch, "as in the checkpoint", cpp_wrapper=maker.decided["cpp_wrapper"])
+        return _traced(maker, report, batch, "as in the checkpoint", cpp_wrapper=maker.decided["cpp_wrapper"], graph=graph)
     key = decisions.key_for(maker.trainable.module, maker.optimizer, batch, maker.options)
     known = decisions.recall(key)
-    if known is not None and "compile_us" in known:
-        torch.set_num_threads(known["threads"])
-        report.timings_us = {"eager": known["eager_us"], "compile": known["compile_us"]}
-        gain = (known["eager_us"] - known["compile_us"]) * 1e-6 * remaining
-        if known["rung"] == "eager" or gain < known["warm_compile_s"]:
-            return _eager(maker, report, "measured before on this machine")
-        return _compile(maker, report, batch, "measured before on this machine", cpp_wrapper=known["cpp_wrapper"])
-    eager_s, threads = _time_eager(maker, batch)
-    torch.set_num_threads(threads)
-    report.timings_us = {"eager": eager_s * 1e6}
+    if known is None:
+        eager_s, threads = _time_eager(maker, batch)
+        known = {"eager_us": eager_s * 1e6, "threads": threads}
+        decisions.remember(key, known)
+    torch.set_num_threads(known["threads"])
+    report.timings_us = {"eager": known["eager_us"]}
     if maker.options.max_seconds is not None:
-        remaining = min(remaining, maker.options.max_seconds / eager_s)
-    tensors = len(trainable_params(maker.optimizer))
-    cost = 8.0 + 0.08 * tensors
-    if remaining * eager_s * SAVING < cost:
-        return _eager(maker, report, f"{_count(remaining)} steps left cannot pay for compiling (about {cost:.0f} s)")
-    cpp_wrapper = remaining * eager_s * 0.1 > cost and eager_s < 0.02
-    step, report = _compile(maker, report, batch, "", cpp_wrapper=cpp_wrapper)
+        remaining = min(remaining, maker.options.max_seconds / known["eager_us"] * 1e6)
+    left_s = remaining * known["eager_us"] * 1e-6
+    if "captured_us" not in known:
+        return _measured(maker, report, batch, key, known, left_s, graph)
+    report.timings_us["captured"] = known["captured_us"]
+    if left_s * (1 - known["captured_us"] / known["eager_us"]) < known["warm_compile_s"]:
+        return _eager(maker, report, "measured before on this machine")
+    return _traced(maker, report, batch, "measured before on this machine", cpp_wrapper=known["cpp_wrapper"], graph=graph)
+
+
+def _measured(
+    maker: StepMaker, report: CaptureReport, batch: Any, key: str, known: dict[str, Any], left_s: float, graph: bool
+) -> tuple[Step, CaptureReport]:
+    """Compile when what is left can pay for it, time both rungs, keep the quicker, remember."""
+    cost = 8.0 + 0.08 * len(trainable_params(maker.optimizer))
+    if left_s * SAVING < cost:
+        return _eager(maker, report, f"the {left_s:.0f} s that eager steps would take cannot pay for compiling (about {cost:.0f} s)")
+    cpp_wrapper = not graph and left_s * 0.1 > cost and known["eager_us"] < 20_000
+    step, report = _traced(maker, report, batch, "", cpp_wrapper=cpp_wrapper, graph=graph)
     if step.rung == "eager":
         return step, report
-    report.timings_us["compile"] = _time(maker, step, batch) * 1e6
-    wins = report.timings_us["compile"] < report.timings_us["eager"]
-    decisions.remember(
-        key,
-        {
-            "rung": "compile" if wins else "eager",
-            "threads": threads,
-            "cpp_wrapper": cpp_wrapper,
-            "warm_compile_s": 3.0,
-            "eager_us": report.timings_us["eager"],
-            "compile_us": report.timings_us["compile"],
-        },
-    )
-    if not wins:
+    captured = report.timings_us["captured"] = _time(maker, step, batch) * 1e6
+    decisions.remember(key, known | {"captured_us": captured, "cpp_wrapper": cpp_wrapper, "warm_compile_s": 3.0})
+    if captured >= known["eager_us"]:
         return _eager(maker, report, "measured: eager is quicker here")
     step.refresh()
-    report.why = f"measured: {report.timings_us['eager'] / report.timings_us['compile']:.1f}x quicker than eager"
+    report.why = f"measured: {known['eager_us'] / captured:.1f}x quicker than eager"
     return step, report
-
-
-def _count(remaining: float) -> str:
-    return "no end of" if remaining == float("inf") else f"{remaining:.0f}"
 
 
 def _time_eager(maker: StepMaker, batch: Any) -> tuple[float, int]:
@@ -288,6 +284,8 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
             step.micro_step(batch, i, first=True, last=True, divisor=1)
             if not step.takes_closure:
                 step.update_step(1.0)
+            if maker.spec.device.type == "cuda":
+                torch.cuda.synchronize()
             now = time.perf_counter()
             best = min(best, now - started) if i else best
             if now > end and i >= 2:

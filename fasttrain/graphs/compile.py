@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.graphs.contract import Key, key_of
+from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values, make_micro_step
 from fasttrain.graphs.tail import LossScale, Tail, make_tail, trainable_params
@@ -28,11 +29,14 @@ class CompileStep:
 
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options,
-        scaler: LossScale | None, *, cpp_wrapper: bool,
+        scaler: LossScale | None, *, cpp_wrapper: bool, graph: bool,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
         self._scaler, self._cpp_wrapper = scaler, cpp_wrapper
         self._accumulates = max(options.accumulate_grad_batches.values()) > 1
+        self._memory = GraphMemory(spec.device) if graph else None
+        if graph:
+            self.rung = "graph"
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
         self._grads: Sequence[Tensor | None] | None = None
         self._bad: Tensor | None = None
@@ -60,7 +64,9 @@ class CompileStep:
         if out is None:
             out = self._guarded(batch, batch_idx)
         if first:
-            self._grads, self._bad = out.grads, out.loss
+            # A replay's gradients are the graph's own: what must outlive the next replay is copied.
+            kept = out.grads if last or self._memory is None else [None if g is None else g.clone() for g in out.grads or ()]
+            self._grads, self._bad = kept, out.loss
         else:
             self._accumulate(out)
         return out
@@ -161,7 +167,11 @@ class CompileStep:
             self._ran = True
 
     def _make_plan(self, trace: Trace, raw: Raw, batch: Any, key: Key) -> None:
-        entry, self._plan, self.direct = trace.entry, None, False
+        entry, plan, self._plan, self.direct = trace.entry, self._plan, None, False
+        if entry is not None and plan is not None and plan.still_fits(entry, batch, keys_and_values(raw.items)[0]):
+            self._plan, self.direct = plan, True
+            entry.args, entry.outs = (), ()
+            return
         if entry is None or raw.loss is None:  # the module passed over this batch: there is nothing to call directly
             return
         self.why_guarded = entry.why_not
@@ -169,6 +179,8 @@ class CompileStep:
             try:
                 self._plan = Plan(entry, raw, batch)
                 self.direct = True
+                if self._memory is not None:
+                    self._plan.run = Replay(entry.run, [i for i, _ in self._plan.slots], self._plan.read_by_user, self._memory)
             except LookupError as reason:
                 self.why_guarded = self.why_guarded or str(reason)
         entry.args, entry.outs = (), ()

@@ -16,6 +16,7 @@ from torch import Tensor
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
+from fasttrain.results import LogKey
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
 
@@ -133,7 +134,7 @@ class Plan:
             raise LookupError("the graph takes numbers that change")
         place = {id(o): i for i, o in enumerate(entry.outs)}
         where = {id(t): i for i, t in enumerate(leaves)}
-        self.run, self.read, self.kind = entry.run, reader_for(batch), type(batch)
+        self.entry, self.run, self.read, self.kind = entry, entry.run, reader_for(batch), type(batch)
         self.args: list[Any] = [None if id(a) in where else a for a in entry.args]
         self.slots = [(i, where[id(a)]) for i, a in enumerate(entry.args) if id(a) in where]
         self.contract = [(t.shape, t.stride(), t.dtype) for t in leaves]
@@ -147,6 +148,17 @@ class Plan:
         self.loss = None if raw.loss is None else place[id(raw.loss)]
         self.values = _picker([place[id(v)] for v in values])
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
+        self.read_by_user = sorted({place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)]})
+        self._addresses = [None if a is None else a.data_ptr() for a in self.args]
+
+    def still_fits(self, entry: _Entry, batch: Any, keys: tuple[LogKey, ...]) -> bool:
+        """After a guarded call: is this the graph that ran, over the same tensors at the same places?"""
+        fixed = list(self.args)
+        for i, _ in self.slots:
+            fixed[i] = None
+        same = len(fixed) == len(entry.args) and all(f is None or f is a for f, a in zip(fixed, entry.args, strict=True))
+        moved = same and any(p != (None if f is None else f.data_ptr()) for f, p in zip(fixed, self._addresses, strict=True))
+        return same and not moved and entry is self.entry and keys == self.keys and type(batch) is self.kind
 
     def __call__(self, batch: Any) -> StepOutput | None:
         """The step, or None when this batch is not what the graph was made for. No guard is evaluated."""
