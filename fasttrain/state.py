@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -68,15 +69,23 @@ class Snapshot:
         self._module = module
         self._tensors = [(t, t.detach().clone()) for t in _tensors(module)]
         self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
-        self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in module.modules()]
+        self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in (*module.modules(), *_helpers(module))]
         self._modes = [(m, m.training) for m in module.modules()]
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers or []]
         self._groups = [(g, {k: v for k, v in g.items() if k != "params"}) for o in optimizers or [] for g in o.param_groups]
+        self._registered = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers)]
+        self._streams = [(s, _stream_state(s)) for m in module.modules() for s in m.__dict__.values() if _is_stream(s)]
         self._rng = rng_state()
 
     @torch.no_grad()
     def restore(self) -> None:
         """In place where the tensors live on, so that every reference to them stays valid."""
+        for live, registered in self._registered:  # a buffer that was replaced by another tensor
+            if live.keys() != registered.keys() or any(live[k] is not v for k, v in registered.items()):
+                live.clear()
+                live.update(registered)
+        for stream, state in self._streams:
+            _set_stream_state(stream, state)
         for tensor, value in self._tensors:
             tensor.copy_(value)
         for parameter, grad in self._grads:
@@ -111,6 +120,36 @@ class Snapshot:
         return out
 
 
+def _helpers(module: nn.Module) -> list[Any]:
+    """Plain objects that hang on the module's attributes and may count or keep something; not torch's, not ours."""
+    found = {id(v): v for m in module.modules() for n, v in m.__dict__.items() if n not in _SKIPPED and hasattr(v, "__dict__")}
+    theirs = ("torch", "fasttrain", "pytorch_lightning", "lightning", "builtins")
+    return [
+        v for v in found.values()
+        if not isinstance(v, (nn.Module, type, FunctionType, ModuleType)) and type(v).__module__.split(".")[0] not in theirs
+    ]  # fmt: skip
+
+
+def _is_stream(value: Any) -> bool:
+    """A random generator of the module's own: torch's, Python's or numpy's."""
+    return isinstance(value, (torch.Generator, random.Random)) or hasattr(value, "bit_generator")
+
+
+def _stream_state(stream: Any) -> Any:
+    if isinstance(stream, torch.Generator):
+        return stream.get_state()
+    return stream.getstate() if isinstance(stream, random.Random) else stream.bit_generator.state
+
+
+def _set_stream_state(stream: Any, state: Any) -> None:
+    if isinstance(stream, torch.Generator):
+        stream.set_state(state)
+    elif isinstance(stream, random.Random):
+        stream.setstate(state)
+    else:
+        stream.bit_generator.state = state
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
@@ -133,7 +172,7 @@ _COPIED = (list, dict, set, collections.deque)
 _SKIPPED = ("_parameters", "_buffers", "_modules", "_trainer", "trainer", "training")
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+def _plain_attributes(module: Any) -> dict[str, Any]:
     """Counters, flags, lists and loose tensors a step may change; containers are copied one level deep."""
     out: dict[str, Any] = {}
     for name, value in module.__dict__.items():
@@ -148,7 +187,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     return out
 
 
-def _restore_attributes(module: nn.Module, saved: Mapping[str, Any]) -> None:
+def _restore_attributes(module: Any, saved: Mapping[str, Any]) -> None:
     for name, (value, copied) in saved.items():
         if isinstance(value, Tensor):
             value.copy_(copied)

@@ -180,7 +180,9 @@ class CompileStep:
                 self._plan = Plan(entry, raw, batch)
                 self.direct = True
                 if self._memory is not None:
-                    self._plan.run = Replay(entry.run, [i for i, _ in self._plan.slots], self._plan.read_by_user, self._memory)
+                    entry.run = self._plan.run = Replay(
+                        entry.compiled, [i for i, _ in self._plan.slots], self._plan.read_by_user, self._memory
+                    )
             except LookupError as reason:
                 self.why_guarded = self.why_guarded or str(reason)
         entry.args, entry.outs = (), ()
@@ -216,6 +218,8 @@ class CompileStep:
             if grads is not None:
                 by_id = {id(p): g for p, g in zip(old, grads, strict=True)}
                 self._grads = [by_id.get(id(p)) for p in self.params]
+        if self._plan is not None and self._plan.moved():
+            self._plan.entry.run, self._plan = self._plan.entry.compiled, None
         self.tail.refresh()
 
     def _accumulate(self, out: StepOutput) -> None:

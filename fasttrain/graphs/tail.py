@@ -93,7 +93,8 @@ class StockTail:
     def prepare(self, rescale: float, loss: Tensor | None) -> bool:
         """Everything of a step but the update itself; False when the step must be skipped."""
         scaler, options = self._scaler, self._options
-        present = [p.grad for p in self._params if p.grad is not None]
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]  # anew: layers may be unfrozen
+        present = [p.grad for p in params if p.grad is not None]
         factor = rescale if scaler is None else rescale / scaler.value
         if factor != 1.0 and present:
             torch._foreach_mul_(present, factor)
@@ -109,9 +110,9 @@ class StockTail:
         if self.clip is not None:
             self.clip()
         elif options.gradient_clip_val is not None and options.gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self._params, options.gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(params, options.gradient_clip_val)
         elif options.gradient_clip_val is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self._params, options.gradient_clip_val)
+            norm = torch.nn.utils.clip_grad_norm_(params, options.gradient_clip_val)
             return options.nonfinite == "ignore" or bool(torch.isfinite(norm))
         if options.nonfinite == "skip" and scaler is None and present:
             return bool(torch.isfinite(torch.nn.utils.get_total_norm(present)))

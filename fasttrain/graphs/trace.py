@@ -55,7 +55,7 @@ class Trace:
         entry = _Entry()
         entry.inspect(self._sink)
         self.count += 1
-        entry.run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
+        entry.run = entry.compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 
         def recorded(*args: Any) -> Any:
             outs = entry.run(*args)
@@ -81,7 +81,8 @@ class _Entry:
     """One compiled graph: its callable, whether calling it alone is the whole step, and its last call."""
 
     def __init__(self) -> None:
-        self.run: Callable[..., Any] = _never
+        self.compiled: Callable[..., Any] = _never
+        self.run: Callable[..., Any] = _never  # ``compiled``, or what stands in for it
         self.args: Sequence[Any] = ()
         self.outs: Sequence[Any] = ()
         self.pure = False
@@ -152,13 +153,16 @@ class Plan:
         self._addresses = [None if a is None else a.data_ptr() for a in self.args]
 
     def still_fits(self, entry: _Entry, batch: Any, keys: tuple[LogKey, ...]) -> bool:
-        """After a guarded call: is this the graph that ran, over the same tensors at the same places?"""
-        fixed = list(self.args)
-        for i, _ in self.slots:
-            fixed[i] = None
-        same = len(fixed) == len(entry.args) and all(f is None or f is a for f, a in zip(fixed, entry.args, strict=True))
-        moved = same and any(p != (None if f is None else f.data_ptr()) for f, p in zip(fixed, self._addresses, strict=True))
-        return same and not moved and entry is self.entry and keys == self.keys and type(batch) is self.kind
+        """After a guarded call: is this the graph that ran, over the same tensors?"""
+        slots = {i for i, _ in self.slots}
+        same = len(self.args) == len(entry.args) and all(
+            i in slots or a is b for i, (a, b) in enumerate(zip(self.args, entry.args, strict=True))
+        )
+        return same and entry is self.entry and keys == self.keys and type(batch) is self.kind and not self.moved()
+
+    def moved(self) -> bool:
+        """Does a weight or buffer lie elsewhere than when this plan was made?"""
+        return any(p is not None and p != a.data_ptr() for a, p in zip(self.args, self._addresses, strict=True))
 
     def __call__(self, batch: Any) -> StepOutput | None:
         """The step, or None when this batch is not what the graph was made for. No guard is evaluated."""

@@ -85,7 +85,7 @@ def test_losses_are_of_their_own_steps() -> None:
 
 def test_dropout_masks_differ_and_reproduce() -> None:
     """Replays draw new masks, and the same seed draws the same ones."""
-    same = [[t for t in batches(1)[0]] for _ in range(10)]
+    same = [list(batches(1)[0]) for _ in range(10)]
     first, a = train("graph", same, p=0.5, max_epochs=1)
     _, b = train("graph", same, p=0.5, max_epochs=1)
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
