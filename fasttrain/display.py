@@ -37,6 +37,12 @@ class Display:
         """The rate counts training alone: called where something else took time, a compile or a validation."""
         self._mark = (time.perf_counter(), facade.progress.batches_seen)
 
+    def back_to_training(self, facade: TrainerFacade, deadline: float) -> None:
+        """After a validation: its line gives way to training's, also where no further batch comes."""
+        self.restart_clock(facade)
+        if not self._silent:
+            self.train(facade, time.perf_counter(), deadline)
+
     def line(self, text: str) -> None:
         self._bar.line(text)
 
@@ -44,7 +50,7 @@ class Display:
         """Show the training stage; called by the loop when ``now`` has passed ``due``."""
         progress = facade.progress
         then, seen = self._mark
-        if now - then >= 1.0 or self._rate is None:
+        if now - then >= 1.0 or (self._rate is None and progress.batches_seen > seen):
             rate = (progress.batches_seen - seen) / max(now - then, 1e-9)
             self._rate = rate if self._rate is None else 0.5 * (self._rate + rate)
             self._mark = (now, progress.batches_seen)

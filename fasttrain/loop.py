@@ -274,7 +274,7 @@ def _validate(run: Run) -> None:
 
 def _after_validation(run: Run) -> None:
     run.validated_at = time.perf_counter()
-    run.display.restart_clock(run.facade)
+    run.display.back_to_training(run.facade, _deadline(run))
     if run.step is not None:
         run.step.refresh()
 

@@ -50,7 +50,7 @@ class _Column:
             return
         if not self.key.on_epoch:
             return
-        stacked = torch.stack([as_scalar(v) for v in values]).to(torch.float64)
+        stacked = _stacked(values)
         fx = self.key.reduce_fx
         if fx == "mean":
             w = torch.tensor(weights, dtype=torch.float64, device=stacked.device)
@@ -81,6 +81,13 @@ class _Column:
             return None
         value = self.total / self.weight if self.key.reduce_fx == "mean" else self.total
         return value.to(torch.get_default_dtype())
+
+
+def _stacked(values: list[Any]) -> Tensor:
+    """Logged values as one fp64 vector; 0-d tensors, which is what a captured step gives, go the short way."""
+    if all(isinstance(v, Tensor) and v.dim() == 0 for v in values):
+        return torch.stack(values).detach().to(torch.float64)
+    return torch.stack([as_scalar(v) for v in values]).to(torch.float64)
 
 
 def as_scalar(value: Any) -> Tensor:

@@ -73,7 +73,7 @@ class Snapshot:
         self._modes = [(m, m.training) for m in module.modules()]
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers or []]
         self._groups = [(g, {k: v for k, v in g.items() if k != "params"}) for o in optimizers or [] for g in o.param_groups]
-        self._registered = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers)]
+        self._registered: list[tuple[Any, dict[str, Any]]] = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers)]
         self._streams = [(s, _stream_state(s)) for m in module.modules() for s in m.__dict__.values() if _is_stream(s)]
         self._rng = rng_state()
 

@@ -54,6 +54,7 @@ class Trace:
 
         entry = _Entry()
         entry.inspect(self._sink)
+        _refuse_frozen_floats(graph)
         self.count += 1
         entry.run = entry.compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 
@@ -98,6 +99,8 @@ class _Entry:
             raise CaptureError("Tensor.register_hook inside training_step: the tracer would drop it in silence.")
         changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
         foreign = [v for v in changed if not _is_new(v) and getattr(v, "value", None) is not sink]
+        if any(type(v).__name__ == "RandomVariable" for v in foreign):
+            raise CaptureError("a random.Random of the module's own draws inside the step: the tracer would freeze its numbers.")
         guards = {_name(g) for g in output.guards}
         varying = [n for n in guards if n.rstrip("']").endswith(VARYING)]
         if foreign:
@@ -105,6 +108,16 @@ class _Entry:
         elif varying:
             self.why_not = f"the step reads {varying[0]}, which changes every step"
         self.pure = not (foreign or varying)
+
+
+def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
+    """Inductor (2.13) gives back the traced value of a number computed from a Python float that changes, for ever."""
+    returned = next(n for n in reversed(graph.graph.nodes) if n.op == "output").args[0]
+    for node in returned if isinstance(returned, (list, tuple)) else ():
+        source = node.args[0] if isinstance(node, torch.fx.Node) and node.target is torch.scalar_tensor else None
+        if isinstance(source, torch.fx.Node) and isinstance(source.meta.get("example_value"), torch.SymFloat):
+            raise CaptureError("a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
+                               "Log a tensor, or keep it in a buffer.")  # fmt: skip
 
 
 def _is_new(variable: Any) -> bool:

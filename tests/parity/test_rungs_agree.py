@@ -449,3 +449,98 @@ def test_layers_unfrozen_later_are_clipped_like_the_others(capture: str, clip: d
     """The norm is over all the parameters that train now, not over those that trained first."""
     case = Case(m.Unfreezes, options=clip)
     assert_same(fast_fit(case, capture=capture), lightning_fit(case), weights=0.0 if capture == "eager" else 2e-5)
+
+
+class LogsComputed(m.Base):
+    """A Python float that a hook changes, computed with, used in the loss and logged."""
+
+    def build(self) -> None:
+        super().build()
+        self.temperature = 1.0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.temperature *= 0.9
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        half = self.temperature * 0.5
+        self.log("half", half)
+        return F.cross_entropy(self(x) / half, y)
+
+
+class Anneals(m.Base):
+    """A coefficient computed from global_step, used in the loss and logged."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        beta = min(1.0, self.global_step / 8)
+        self.log("beta", beta)
+        return F.cross_entropy(self(x), y) + beta * self.net[0].weight.pow(2).sum()
+
+
+class AnnealsTemperature(LogsComputed):
+    """The float changed by the step itself."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.temperature = self.temperature * 0.9
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("make", [LogsComputed, Anneals, AnnealsTemperature])
+def test_python_numbers_that_change_are_logged_as_they_are(make: Any) -> None:
+    """A number computed in Python and used in the loss has its present value in the metrics, at every step."""
+    seen: list[list[float]] = []
+
+    class Watched(make):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            name = "beta" if make is Anneals else "half"
+            seen[-1].append(round(float(self.trainer.callback_metrics[name]), 6))
+
+    for capture in ("eager", "compile"):
+        seen.append([])
+        fast_fit(Case(Watched), capture=capture)
+    assert seen[0] == seen[1]
+
+
+class ValidationHooks(m.Base):
+    """A hook between validation batches changes what the step reads, and the weights' scale."""
+
+    def build(self) -> None:
+        super().build()
+        self.scale = 1.0
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.scale = 1.0 + batch_idx
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x) * self.scale, y))
+        self.log("val_sum", self(x).sum(), reduce_fx="sum")
+
+
+class ValidationIndex(m.Base):
+    """validation_step that reads batch_idx, the epoch and the mode."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        assert not self.training
+        self.log("val_loss", F.cross_entropy(self(x), y) * (1 + batch_idx) * (1 + self.current_epoch))
+
+
+@pytest.mark.parametrize("make", [m.Base, m.Normed, ValidationHooks, ValidationIndex, lambda: m.Dropped(p=0.5)])
+def test_captured_validation_is_eager_validation(make: Any) -> None:
+    """With a short last batch, in every epoch: the same metrics, whatever hooks change between its batches."""
+    def val() -> Any:
+        return m.labelled(44, 8, shuffle=False, seed=9)
+
+    options = {"max_epochs": 3, "limit_train_batches": 2}
+    torch.manual_seed(1)
+    eager = fast_fit(Case(make, val=val, options=options))
+    compiled = fast_fit(Case(make, val=val, options=options), capture="compile")
+    names = [n for n in eager.metrics if n.startswith("val")]
+    if not isinstance(eager.module, m.Dropped):
+        assert [compiled.metrics[n] for n in names] == pytest.approx([eager.metrics[n] for n in names], rel=1e-4)
+    assert names
