@@ -79,6 +79,7 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     starts, ends = run.live(f"on_{hook}_batch_start"), run.live(f"on_{hook}_batch_end")
     keep = stage == "predict" or f"{hook}_epoch_end" in trainable.hooks
     ahead = Lookahead(source.one_pass(), limit, source.total)
+    foreign = transfer is not None or run.foreign(f"on_{hook}_batch_start", f"on_{hook}_batch_end", f"{hook}_step_end")
     shown = "sanity" if facade.sanity_checking else stage
     batch_idx = -1
     while (batch := ahead()) is not END:
@@ -91,6 +92,8 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
             facade.last_batch_size, facade.dataloader_suffix = batch_size_of(batch), suffix
         if starts:
             run.fire(f"on_{hook}_batch_start", batch, batch_idx, index)
+        if foreign:
+            eval_step.refresh()
         output, keys, values, size = eval_step(batch, batch_idx, index)
         if f"{hook}_step_end" in trainable.hooks:
             output = trainable.call(f"{hook}_step_end", output)

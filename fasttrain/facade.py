@@ -65,7 +65,9 @@ class Strategy:
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
 
-    def clip_gradients(self, optimizer: torch.optim.Optimizer, clip_val: float | None = None, gradient_clip_algorithm: str = "norm") -> None:
+    def clip_gradients(
+        self, optimizer: torch.optim.Optimizer, clip_val: float | None = None, gradient_clip_algorithm: str = "norm"
+    ) -> None:
         """Where a module's ``self.clip_gradients`` ends."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if clip_val and gradient_clip_algorithm == "value":

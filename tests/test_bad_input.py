@@ -59,7 +59,14 @@ class Plain(nn.Module):
 # -- the module -------------------------------------------------------------------------------------------------------
 def test_no_training_step() -> None:
     """Named, with both ways out: define it, or give loss=."""
-    refused(ModuleError, "Plain has no training_step", "define training_step", r"loss=", module=Plain(), optimizer=torch.optim.SGD(Plain().parameters(), lr=0.1))
+    refused(
+        ModuleError,
+        "Plain has no training_step",
+        "define training_step",
+        r"loss=",
+        module=Plain(),
+        optimizer=torch.optim.SGD(Plain().parameters(), lr=0.1),
+    )
 
 
 def test_no_training_step_on_a_lightning_module() -> None:
@@ -79,7 +86,13 @@ def test_no_configure_optimizers() -> None:
 
 def test_configure_optimizers_that_returns_nothing() -> None:
     """None is no optimizer."""
-    refused(ModuleError, "configure_optimizers", "None", "Return the optimizer", module=type("Mine", (m.Base,), {"configure_optimizers": lambda s: None})())
+    refused(
+        ModuleError,
+        "configure_optimizers",
+        "None",
+        "Return the optimizer",
+        module=type("Mine", (m.Base,), {"configure_optimizers": lambda s: None})(),
+    )
 
 
 def test_not_a_module() -> None:
@@ -91,7 +104,14 @@ def test_not_a_module() -> None:
 
 def test_loss_missing() -> None:
     """A dict without 'loss' is told by its keys."""
-    refused(ModuleError, "Mine.training_step", r"keys \['logits'\]", "'loss'", "Return the loss", module=with_loss(lambda s, x, y: {"logits": s(x)}))
+    refused(
+        ModuleError,
+        "Mine.training_step",
+        r"keys \['logits'\]",
+        "'loss'",
+        "Return the loss",
+        module=with_loss(lambda s, x, y: {"logits": s(x)}),
+    )
 
 
 def test_loss_not_scalar() -> None:
@@ -137,7 +157,11 @@ def test_no_parameter_trains() -> None:
     """All frozen, or none at all."""
     frozen = m.Base().requires_grad_(False)
     refused(ModuleError, "requires_grad=False", "Unfreeze", module=frozen)
-    empty = type("Mine", (LightningModule,), {"training_step": lambda s, b, i: b[0].sum(), "configure_optimizers": lambda s: torch.optim.SGD([torch.zeros(1)])})()
+    empty = type(
+        "Mine",
+        (LightningModule,),
+        {"training_step": lambda s, b, i: b[0].sum(), "configure_optimizers": lambda s: torch.optim.SGD([torch.zeros(1)])},
+    )()
     refused(ModuleError, "no parameters", "nothing to train", module=empty)
 
 
@@ -153,11 +177,14 @@ def test_a_plateau_without_a_monitor() -> None:
     refused(ModuleError, "'val_loss'", "never logged", "train_loss", module=m.Plateau(), capture="eager")
 
 
-@pytest.mark.parametrize(("config", "words"), [
-    ({"interval": "batch"}, ["interval", "'batch'", "'step' or 'epoch'"]),
-    ({"frequency": 0}, ["frequency", "0", ">= 1"]),
-    ({"intervall": "step"}, ["lr_scheduler", "intervall", "Correct"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"interval": "batch"}, ["interval", "'batch'", "'step' or 'epoch'"]),
+        ({"frequency": 0}, ["frequency", "0", ">= 1"]),
+        ({"intervall": "step"}, ["lr_scheduler", "intervall", "Correct"]),
+    ],
+)
 def test_a_wrong_scheduler_configuration(config: dict[str, Any], words: list[str]) -> None:
     """What came and what may stand there."""
 
@@ -213,7 +240,9 @@ def test_a_generator_for_more_than_one_epoch() -> None:
 def test_a_batch_the_module_cannot_take() -> None:
     """Shapes and types a line each, and the module's own error at the end."""
     loader = DataLoader(TensorDataset(torch.zeros(16, m.WIDTH + 1), torch.zeros(16, dtype=torch.long)), batch_size=8)
-    message = refused(DataError, r"training_step could not take the first batch", r"batch\[0\]: float32\[8, 9\]", r"batch\[1\]: int64\[8\]", train=loader)
+    message = refused(
+        DataError, r"training_step could not take the first batch", r"batch\[0\]: float32\[8, 9\]", r"batch\[1\]: int64\[8\]", train=loader
+    )
     assert message.rstrip().endswith("(8x9 and 8x16)") or "mat1 and mat2" in message.splitlines()[-1]
 
 
@@ -225,10 +254,15 @@ def test_batches_of_the_wrong_form() -> None:
 
 def test_a_validation_loader_without_validation_step() -> None:
     """Warned, once, and nothing is validated."""
-    module = type("Mine", (LightningModule,), {
-        "__init__": lambda s: (LightningModule.__init__(s), setattr(s, "net", nn.Linear(m.WIDTH, 1)))[0],
-        "training_step": lambda s, b, i: s.net(b[0]).sum(), "configure_optimizers": lambda s: torch.optim.SGD(s.parameters(), lr=0.1),
-    })()  # fmt: skip
+    module = type(
+        "Mine",
+        (LightningModule,),
+        {
+            "__init__": lambda s: (LightningModule.__init__(s), setattr(s, "net", nn.Linear(m.WIDTH, 1)))[0],
+            "training_step": lambda s, b, i: s.net(b[0]).sum(),
+            "configure_optimizers": lambda s: torch.optim.SGD(s.parameters(), lr=0.1),
+        },
+    )()
     with pytest.warns(FasttrainWarning, match="Mine has no validation_step.*Define"):
         compile_fit(module, **BARE | {"capture": "eager"}).fit(m.labelled(), m.labelled())
 
@@ -248,54 +282,57 @@ def test_a_loader_and_a_datamodule() -> None:
 
 
 # -- the options ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("options", "words"), [
-    ({"max_epoch": 3}, ["max_epoch", "Did you mean 'max_epochs'"]),
-    ({"gradient_clip": 1.0}, ["gradient_clip'", "retired", "gradient_clip_val"]),
-    ({"gpus": 1}, ["gpus", "retired", "accelerator"]),
-    ({"terminate_on_nan": True}, ["retired", "nonfinite='raise'"]),
-    ({"resume_from_checkpoint": "x"}, ["retired", "ckpt_path"]),
-    ({"zzz": 1}, ["unknown option 'zzz'", "max_epochs"]),
-    ({"precision": "bf16-mix"}, ["precision", "'bf16-mix'", "bf16-mixed"]),
-    ({"precision": 8}, ["precision", "8", "32-true"]),
-    ({"max_epochs": -2}, ["max_epochs", "-2", ">= 0"]),
-    ({"max_epochs": 1.5}, ["max_epochs", "1.5", "integer"]),
-    ({"max_epochs": True}, ["max_epochs", "True", "integer"]),
-    ({"max_steps": -5}, ["max_steps", "-5", ">= -1"]),
-    ({"min_steps": 5, "max_steps": 3}, ["min_steps", "5", "max_steps=3"]),
-    ({"max_time": "5 minutes"}, ["max_time", "5 minutes", "DD:HH:MM:SS"]),
-    ({"max_time": {"minute": 5}}, ["max_time", "minute", "timedelta"]),
-    ({"limit_train_batches": -1}, ["limit_train_batches", "-1"]),
-    ({"limit_train_batches": 1.5}, ["limit_train_batches", "1.5", r"\[0, 1\]"]),
-    ({"limit_train_batches": 0.01}, ["limit_train_batches", "0.01", "no batch"]),
-    ({"overfit_batches": "2"}, ["overfit_batches", "'2'"]),
-    ({"fast_dev_run": -1}, ["fast_dev_run", "-1"]),
-    ({"fast_dev_run": "yes"}, ["fast_dev_run", "'yes'"]),
-    ({"val_check_interval": 0}, ["val_check_interval", "0"]),
-    ({"val_check_interval": 1.5}, ["val_check_interval", "1.5"]),
-    ({"val_check_interval": 100}, ["val_check_interval", "100", "6 batches", "check_val_every_n_epoch=None"]),
-    ({"val_check_interval": 3, "val_every_n_steps": 3}, ["val_every_n_steps", "one of them"]),
-    ({"check_val_every_n_epoch": None}, ["check_val_every_n_epoch", "val_check_interval"]),
-    ({"check_val_every_n_epoch": 0}, ["check_val_every_n_epoch", "0", ">= 1"]),
-    ({"num_sanity_val_steps": -2}, ["num_sanity_val_steps", "-2"]),
-    ({"accumulate_grad_batches": 0}, ["accumulate_grad_batches", "0", ">= 1"]),
-    ({"accumulate_grad_batches": {0: 2, "a": 3}}, ["accumulate_grad_batches", "epoch"]),
-    ({"accumulate_grad_batches": "4"}, ["accumulate_grad_batches", "'4'"]),
-    ({"gradient_clip_val": -1.0}, ["gradient_clip_val", "-1.0", "> 0"]),
-    ({"gradient_clip_val": "1"}, ["gradient_clip_val", "'1'"]),
-    ({"gradient_clip_algorithm": "l2"}, ["gradient_clip_algorithm", "'l2'", "'norm' or 'value'"]),
-    ({"accelerator": "tpu"}, ["accelerator", "'tpu'", "'cpu'"]),
-    ({"devices": 4}, ["devices", "4", "one device"]),
-    ({"strategy": "ddp"}, ["strategy", "'auto'"]),
-    ({"capture": "compiled"}, ["capture", "'compiled'", "'compile'"]),
-    ({"capture": "compile", "detect_anomaly": True}, ["detect_anomaly", "eager"]),
-    ({"nonfinite": "stop"}, ["nonfinite", "'stop'", "'raise'"]),
-    ({"seed": "a"}, ["seed", "'a'", "integer"]),
-    ({"deterministic": "warn"}, ["deterministic", "'warn'", "True or False"]),
-    ({"logger": "tensorboard"}, ["logger", "tensorboard", "log_metrics"]),
-    ({"callbacks": [nn.Linear]}, ["callbacks", "class Linear", "instance"]),
-    ({"callbacks": [3]}, ["callbacks", "int", "hook"]),
-    ({"log_every_n_steps": -1}, ["log_every_n_steps", "-1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_epoch": 3}, ["max_epoch", "Did you mean 'max_epochs'"]),
+        ({"gradient_clip": 1.0}, ["gradient_clip'", "retired", "gradient_clip_val"]),
+        ({"gpus": 1}, ["gpus", "retired", "accelerator"]),
+        ({"terminate_on_nan": True}, ["retired", "nonfinite='raise'"]),
+        ({"resume_from_checkpoint": "x"}, ["retired", "ckpt_path"]),
+        ({"zzz": 1}, ["unknown option 'zzz'", "max_epochs"]),
+        ({"precision": "bf16-mix"}, ["precision", "'bf16-mix'", "bf16-mixed"]),
+        ({"precision": 8}, ["precision", "8", "32-true"]),
+        ({"max_epochs": -2}, ["max_epochs", "-2", ">= 0"]),
+        ({"max_epochs": 1.5}, ["max_epochs", "1.5", "integer"]),
+        ({"max_epochs": True}, ["max_epochs", "True", "integer"]),
+        ({"max_steps": -5}, ["max_steps", "-5", ">= -1"]),
+        ({"min_steps": 5, "max_steps": 3}, ["min_steps", "5", "max_steps=3"]),
+        ({"max_time": "5 minutes"}, ["max_time", "5 minutes", "DD:HH:MM:SS"]),
+        ({"max_time": {"minute": 5}}, ["max_time", "minute", "timedelta"]),
+        ({"limit_train_batches": -1}, ["limit_train_batches", "-1"]),
+        ({"limit_train_batches": 1.5}, ["limit_train_batches", "1.5", r"\[0, 1\]"]),
+        ({"limit_train_batches": 0.01}, ["limit_train_batches", "0.01", "no batch"]),
+        ({"overfit_batches": "2"}, ["overfit_batches", "'2'"]),
+        ({"fast_dev_run": -1}, ["fast_dev_run", "-1"]),
+        ({"fast_dev_run": "yes"}, ["fast_dev_run", "'yes'"]),
+        ({"val_check_interval": 0}, ["val_check_interval", "0"]),
+        ({"val_check_interval": 1.5}, ["val_check_interval", "1.5"]),
+        ({"val_check_interval": 100}, ["val_check_interval", "100", "6 batches", "check_val_every_n_epoch=None"]),
+        ({"val_check_interval": 3, "val_every_n_steps": 3}, ["val_every_n_steps", "one of them"]),
+        ({"check_val_every_n_epoch": None}, ["check_val_every_n_epoch", "val_check_interval"]),
+        ({"check_val_every_n_epoch": 0}, ["check_val_every_n_epoch", "0", ">= 1"]),
+        ({"num_sanity_val_steps": -2}, ["num_sanity_val_steps", "-2"]),
+        ({"accumulate_grad_batches": 0}, ["accumulate_grad_batches", "0", ">= 1"]),
+        ({"accumulate_grad_batches": {0: 2, "a": 3}}, ["accumulate_grad_batches", "epoch"]),
+        ({"accumulate_grad_batches": "4"}, ["accumulate_grad_batches", "'4'"]),
+        ({"gradient_clip_val": -1.0}, ["gradient_clip_val", "-1.0", "> 0"]),
+        ({"gradient_clip_val": "1"}, ["gradient_clip_val", "'1'"]),
+        ({"gradient_clip_algorithm": "l2"}, ["gradient_clip_algorithm", "'l2'", "'norm' or 'value'"]),
+        ({"accelerator": "tpu"}, ["accelerator", "'tpu'", "'cpu'"]),
+        ({"devices": 4}, ["devices", "4", "one device"]),
+        ({"strategy": "ddp"}, ["strategy", "'auto'"]),
+        ({"capture": "compiled"}, ["capture", "'compiled'", "'compile'"]),
+        ({"capture": "compile", "detect_anomaly": True}, ["detect_anomaly", "eager"]),
+        ({"nonfinite": "stop"}, ["nonfinite", "'stop'", "'raise'"]),
+        ({"seed": "a"}, ["seed", "'a'", "integer"]),
+        ({"deterministic": "warn"}, ["deterministic", "'warn'", "True or False"]),
+        ({"logger": "tensorboard"}, ["logger", "tensorboard", "log_metrics"]),
+        ({"callbacks": [nn.Linear]}, ["callbacks", "class Linear", "instance"]),
+        ({"callbacks": [3]}, ["callbacks", "int", "hook"]),
+        ({"log_every_n_steps": -1}, ["log_every_n_steps", "-1"]),
+    ],
+)
 def test_a_wrong_option(options: dict[str, Any], words: list[str]) -> None:
     """The option, what came, and what may stand there or the nearest right name."""
     refused(OptionError, *words, val_dataloaders=m.labelled(), **options)
@@ -304,7 +341,9 @@ def test_a_wrong_option(options: dict[str, Any], words: list[str]) -> None:
 def test_an_unwritable_directory(tmp_path: Path) -> None:
     """Found before the first batch, not at the first checkpoint."""
     (tmp_path / "file").write_text("")
-    refused(OptionError, "default_root_dir", "file", "can be written", enable_checkpointing=True, default_root_dir=tmp_path / "file" / "runs")
+    refused(
+        OptionError, "default_root_dir", "file", "can be written", enable_checkpointing=True, default_root_dir=tmp_path / "file" / "runs"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -30,7 +30,8 @@ def drain(batches: Any) -> list[Any]:
 
 def same(ours: list[Any], theirs: list[Any]) -> bool:
     return len(ours) == len(theirs) and all(
-        type(a) is type(b) and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True)) for a, b in zip(ours, theirs, strict=True)
+        type(a) is type(b) and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
@@ -46,9 +47,16 @@ def through(loader: Any, epochs: int = 2) -> list[Any]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 40), size=st.integers(1, 9), shuffle=st.booleans(), drop=st.booleans(), dims=st.sampled_from([1, 2]), seed=st.integers(0, 99),
-    own=st.booleans(), subset=st.booleans(), epochs=st.integers(1, 3),
-)  # fmt: skip
+    n=st.integers(1, 40),
+    size=st.integers(1, 9),
+    shuffle=st.booleans(),
+    drop=st.booleans(),
+    dims=st.sampled_from([1, 2]),
+    seed=st.integers(0, 99),
+    own=st.booleans(),
+    subset=st.booleans(),
+    epochs=st.integers(1, 3),
+)
 def test_the_fast_road_is_plain_iteration(
     n: int, size: int, shuffle: bool, drop: bool, dims: int, seed: int, own: bool, subset: bool, epochs: int
 ) -> None:
@@ -170,20 +178,28 @@ def _custom_sampler() -> DataLoader:
     return DataLoader(tensors(12), batch_size=4, sampler=[3, 1, 2, 0])
 
 
-@pytest.mark.parametrize("make", [
-    lambda: DataLoader(tensors(12), batch_size=4, collate_fn=lambda rows: [torch.stack([r[0] for r in rows])]),
-    lambda: DataLoader(tensors(12), batch_size=4, num_workers=1),
-    _custom_sampler,
-    lambda: DataLoader(tensors(12), batch_sampler=BatchSampler(SequentialSampler(range(12)), 4, False)),
-    lambda: DataLoader(tensors(12), batch_size=None),
-    lambda: DataLoader(tensors(12), batch_size=4, sampler=RandomSampler(range(12), replacement=True)),
-    lambda: DataLoader(tensors(12), batch_size=4, sampler=RandomSampler(range(12), num_samples=6)),
-    lambda: DataLoader(type("Doubled", (TensorDataset,), {"__getitem__": lambda s, i: tuple(2 * t[i] for t in s.tensors)})(*tensors(12).tensors), batch_size=4),
-    lambda: DataLoader(Subset(Rows(12), [1, 2]), batch_size=2),
-    lambda: DataLoader(type("Mine", (Subset,), {"__getitem__": lambda s, i: s.dataset[0], "__getitems__": None})(tensors(12), [1, 2]), batch_size=2),
-    lambda: DataLoader(type("Loader", (DataLoader,), {})(tensors(12), batch_size=4).dataset, batch_size=4, worker_init_fn=print),
-    lambda: type("Loader", (DataLoader,), {"__iter__": lambda s: iter([[torch.zeros(1)]])})(tensors(12), batch_size=4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(tensors(12), batch_size=4, collate_fn=lambda rows: [torch.stack([r[0] for r in rows])]),
+        lambda: DataLoader(tensors(12), batch_size=4, num_workers=1),
+        _custom_sampler,
+        lambda: DataLoader(tensors(12), batch_sampler=BatchSampler(SequentialSampler(range(12)), 4, False)),
+        lambda: DataLoader(tensors(12), batch_size=None),
+        lambda: DataLoader(tensors(12), batch_size=4, sampler=RandomSampler(range(12), replacement=True)),
+        lambda: DataLoader(tensors(12), batch_size=4, sampler=RandomSampler(range(12), num_samples=6)),
+        lambda: DataLoader(
+            type("Doubled", (TensorDataset,), {"__getitem__": lambda s, i: tuple(2 * t[i] for t in s.tensors)})(*tensors(12).tensors),
+            batch_size=4,
+        ),
+        lambda: DataLoader(Subset(Rows(12), [1, 2]), batch_size=2),
+        lambda: DataLoader(
+            type("Mine", (Subset,), {"__getitem__": lambda s, i: s.dataset[0], "__getitems__": None})(tensors(12), [1, 2]), batch_size=2
+        ),
+        lambda: DataLoader(type("Loader", (DataLoader,), {})(tensors(12), batch_size=4).dataset, batch_size=4, worker_init_fn=print),
+        lambda: type("Loader", (DataLoader,), {"__iter__": lambda s: iter([[torch.zeros(1)]])})(tensors(12), batch_size=4),
+    ],
+)
 def test_whatever_is_not_plain_takes_the_plain_road(make: Any) -> None:
     """A collate function, workers, samplers, subclasses with their own rows: the user's code is called, whatever the road."""
     torch.manual_seed(1)
@@ -265,7 +281,7 @@ def test_a_dead_worker_is_named() -> None:
             os._exit(1)
 
     made = source(DataLoader(Dies(4), batch_size=2, num_workers=1))
-    with pytest.raises(DataError, match="worker died.*num_workers"):
+    with pytest.raises(DataError, match=r"worker died.*num_workers"):
         list(made.one_pass())
 
 

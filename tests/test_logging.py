@@ -45,11 +45,21 @@ def test_the_epoch_mean_is_weighted_by_batch_size(capture: str) -> None:
     assert ours.metrics["val_index"] == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("how", [
-    {}, {"on_epoch": True}, {"on_step": False, "on_epoch": True}, {"on_step": True, "on_epoch": True, "reduce_fx": "max"}, {"batch_size": 3, "on_epoch": True},
-    {"prog_bar": True}, {"logger": False, "on_epoch": True}, {"reduce_fx": torch.mean, "on_epoch": True}, {"reduce_fx": max, "on_epoch": True},
-    {"reduce_fx": "sum", "on_epoch": True, "on_step": False},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"on_epoch": True},
+        {"on_step": False, "on_epoch": True},
+        {"on_step": True, "on_epoch": True, "reduce_fx": "max"},
+        {"batch_size": 3, "on_epoch": True},
+        {"prog_bar": True},
+        {"logger": False, "on_epoch": True},
+        {"reduce_fx": torch.mean, "on_epoch": True},
+        {"reduce_fx": max, "on_epoch": True},
+        {"reduce_fx": "sum", "on_epoch": True, "on_step": False},
+    ],
+)
 def test_names_and_values_are_lightnings(how: dict[str, Any]) -> None:
     """name, name_step, name_epoch, for every combination of arguments."""
     case = Case(lambda: LogsIndex(**how), five, five, {"max_epochs": 2})
@@ -64,7 +74,9 @@ def test_a_value_that_nobody_would_hear_of_is_refused() -> None:
 
 def test_any_function_reduces_the_stacked_values() -> None:
     """[ours] reduce_fx may be a function of all values of the epoch."""
-    ours = fast_fit(Case(lambda: LogsIndex(on_epoch=True, on_step=False, reduce_fx=lambda v: v.prod() + len(v)), five, options={"max_epochs": 1}))
+    ours = fast_fit(
+        Case(lambda: LogsIndex(on_epoch=True, on_step=False, reduce_fx=lambda v: v.prod() + len(v)), five, options={"max_epochs": 1})
+    )
     assert ours.metrics["index"] == 3.0
 
 
@@ -139,7 +151,9 @@ class Everywhere(m.Base):
 @pytest.mark.parametrize("loaders", [1, 2])
 def test_logging_in_hooks_is_lightnings(loaders: int) -> None:
     """Names, weights and values of what is logged outside the step, with one validation loader and with two."""
-    case = Case(Everywhere if loaders == 1 else Everywhere2, five, five if loaders == 1 else lambda: [five(), m.labelled(4, 3)], {"max_epochs": 2})
+    case = Case(
+        Everywhere if loaders == 1 else Everywhere2, five, five if loaders == 1 else lambda: [five(), m.labelled(4, 3)], {"max_epochs": 2}
+    )
     assert_same_metrics(fast_fit(case).metrics, lightning_fit(case).metrics, 1e-6)
 
 
@@ -221,7 +235,15 @@ class Heard:
         self.rows.append((step, {k: round(v, 5) for k, v in metrics.items()}))
 
 
-@pytest.mark.parametrize("options", [{"log_every_n_steps": 2}, {"log_every_n_steps": 1, "accumulate_grad_batches": 2}, {"log_every_n_steps": 50}, {"log_every_n_steps": 3, "val_check_interval": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"log_every_n_steps": 2},
+        {"log_every_n_steps": 1, "accumulate_grad_batches": 2},
+        {"log_every_n_steps": 50},
+        {"log_every_n_steps": 3, "val_check_interval": 2},
+    ],
+)
 @pytest.mark.parametrize("make", [m.LogsDict, Everywhere])
 def test_loggers_hear_what_lightnings_loggers_hear(make: Any, options: dict[str, Any]) -> None:
     """The same metrics with the same x, every log_every_n_steps steps, after validations and at epoch ends."""
@@ -245,7 +267,13 @@ def test_files_hold_every_nth_step(tmp_path: Path) -> None:
     """metrics.jsonl and metrics.csv: one line every log_every_n_steps steps, one per validation, readable as they are."""
     module = m.LogsDict()
     trainer = compile_fit(
-        module, max_epochs=2, log_every_n_steps=2, default_root_dir=tmp_path, enable_checkpointing=False, enable_progress_bar=False, capture="eager"
+        module,
+        max_epochs=2,
+        log_every_n_steps=2,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        capture="eager",
     )
     trainer.fit(m.labelled(), five())
     folder = tmp_path / "fasttrain_logs" / "version_0"
@@ -286,7 +314,9 @@ class CountsReads(m.LogsDict):
 def test_a_steady_eager_step_reads_nothing_for_its_metrics() -> None:
     """Logging with on_step and on_epoch, a tensor that only the bar hears of: no value comes to the host between two steps."""
     module = CountsReads()
-    trainer = compile_fit(module, **BARE | {"max_epochs": 1, "capture": "eager", "nonfinite": "ignore", "log_every_n_steps": 1000, "logger": Heard()})
+    trainer = compile_fit(
+        module, **BARE | {"max_epochs": 1, "capture": "eager", "nonfinite": "ignore", "log_every_n_steps": 1000, "logger": Heard()}
+    )
     with Reads() as module.reads:
         trainer.fit(m.labelled(320))
     steady = module.at[3:]
@@ -298,7 +328,9 @@ def test_each_logged_step_reads_once_per_metric() -> None:
     """With log_every_n_steps=n nothing is read in between, and the file has exactly those steps."""
     heard = Heard()
     module = CountsReads()
-    trainer = compile_fit(module, **BARE | {"max_epochs": 1, "capture": "eager", "nonfinite": "ignore", "log_every_n_steps": 10, "logger": heard})
+    trainer = compile_fit(
+        module, **BARE | {"max_epochs": 1, "capture": "eager", "nonfinite": "ignore", "log_every_n_steps": 10, "logger": heard}
+    )
     with Reads() as module.reads:
         trainer.fit(m.labelled(320))
     jumps = [i for i in range(5, len(module.at)) if module.at[i] > module.at[i - 1]]

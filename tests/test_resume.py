@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fasttrain.callbacks.callback import Checkpoint
 from fasttrain import CheckpointError, EarlyStopping, FasttrainWarning, ModelCheckpoint, compile_fit
+from fasttrain.callbacks.callback import Checkpoint
 from tests.parity import modules as m
 from tests.parity.harness import BARE
 
@@ -41,7 +41,11 @@ class Net(m.Base):
         opt = torch.optim.AdamW(self.parameters(), lr=1e-2)
         by = torch.optim.lr_scheduler
         plateau = by.ReduceLROnPlateau(opt, patience=0, threshold=0.5)
-        return [opt], [{"scheduler": by.ExponentialLR(opt, 0.98), "interval": "step"}, by.ExponentialLR(opt, 0.9), {"scheduler": plateau, "monitor": "loss_epoch"}]
+        return [opt], [
+            {"scheduler": by.ExponentialLR(opt, 0.98), "interval": "step"},
+            by.ExponentialLR(opt, 0.9),
+            {"scheduler": plateau, "monitor": "loss_epoch"},
+        ]
 
 
 class Saves(Checkpoint):
@@ -112,9 +116,14 @@ def train(road: str, p: float, *, saves: Saves | None = None, resume: Path | Non
         result = trainer.fit(loader(road), m.labelled(24, shuffle=False, seed=9), ckpt_path=resume)
     opt = module.trainer.optimizers[0]
     return Ended(
-        {k: v.clone() for k, v in module.state_dict().items()}, opt.state_dict()["state"], opt.param_groups[0]["lr"], module.trace, result.metrics,
-        result.steps, torch.get_rng_state(),
-    )  # fmt: skip
+        {k: v.clone() for k, v in module.state_dict().items()},
+        opt.state_dict()["state"],
+        opt.param_groups[0]["lr"],
+        module.trace,
+        result.metrics,
+        result.steps,
+        torch.get_rng_state(),
+    )
 
 
 def assert_same_end(ours: Ended, whole: Ended) -> None:
@@ -131,8 +140,26 @@ def assert_same_end(ours: Ended, whole: Ended) -> None:
     assert torch.equal(ours.stream, whole.stream)
 
 
-MOMENTS = [("batch", 2), ("batch", 6), ("batch", 8), ("validation", 1), ("validation", 2), ("epoch", 1), ("epoch", 2), ("batch", 4), ("batch", 12)]
-QUICK = {("tensors", "batch", 2), ("tensors", "batch", 8), ("tensors", "validation", 2), ("tensors", "epoch", 1), ("loader", "batch", 8), ("loader", "epoch", 2), ("workers", "batch", 8)}
+MOMENTS = [
+    ("batch", 2),
+    ("batch", 6),
+    ("batch", 8),
+    ("validation", 1),
+    ("validation", 2),
+    ("epoch", 1),
+    ("epoch", 2),
+    ("batch", 4),
+    ("batch", 12),
+]
+QUICK = {
+    ("tensors", "batch", 2),
+    ("tensors", "batch", 8),
+    ("tensors", "validation", 2),
+    ("tensors", "epoch", 1),
+    ("loader", "batch", 8),
+    ("loader", "epoch", 2),
+    ("workers", "batch", 8),
+}
 
 
 def _points() -> list[Any]:
@@ -144,7 +171,11 @@ def _points() -> list[Any]:
                     for capture in ("eager", "compile"):
                         quick = (road, where, at) in QUICK and (capture == "eager" or (p, window) in ((0.0, 3), (0.5, 1)))
                         marks = () if quick else pytest.mark.slow
-                        out.append(pytest.param(road, where, at, p, window, capture, marks=marks, id=f"{road}-{where}{at}-p{p}-window{window}-{capture}"))
+                        out.append(
+                            pytest.param(
+                                road, where, at, p, window, capture, marks=marks, id=f"{road}-{where}{at}-p{p}-window{window}-{capture}"
+                            )
+                        )
     return out
 
 
@@ -174,13 +205,22 @@ def test_every_precision_resumes(tmp_path: Path, precision: str) -> None:
     """The dtypes of weights and slots and the fp16 loss scale come back as they were."""
     path = tmp_path / "saved"
     whole = train("tensors", 0.5, saves=Saves(path, "batch", 8), precision=precision, accumulate_grad_batches=3)
-    assert_same_end(train("tensors", 0.5, resume=path, saves=Saves(None, "batch", 8), precision=precision, accumulate_grad_batches=3), whole)
+    assert_same_end(
+        train("tensors", 0.5, resume=path, saves=Saves(None, "batch", 8), precision=precision, accumulate_grad_batches=3), whole
+    )
 
 
 def test_a_run_stopped_by_max_steps_goes_on(tmp_path: Path) -> None:
     """Four steps, then a new run to the end from its last checkpoint: the same as all at once."""
     whole = train("tensors", 0.5, saves=Saves(None, "batch", 0))
-    train("tensors", 0.5, max_steps=8, enable_checkpointing=True, default_root_dir=tmp_path, callbacks=[ModelCheckpoint(tmp_path / "c", save_last=True, every_n_train_steps=1)])
+    train(
+        "tensors",
+        0.5,
+        max_steps=8,
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+        callbacks=[ModelCheckpoint(tmp_path / "c", save_last=True, every_n_train_steps=1)],
+    )
     (last,) = [d for d in (tmp_path / "c").iterdir() if d.name.startswith("last")]
     assert_same_end(train("tensors", 0.5, resume=last, saves=Saves(None, "batch", 0)), whole)
 
@@ -279,7 +319,7 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=words):
             train("tensors", 0.0, resume=path, default_root_dir=tmp_path)  # type: ignore[arg-type]
     torch.save({}, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match="a file.*run code"):
+    with pytest.raises(CheckpointError, match=r"a file.*run code"):
         train("tensors", 0.0, resume=tmp_path / "x.ckpt")
 
 
@@ -291,7 +331,12 @@ def test_the_checkpoint_of_another_model_is_refused_whole(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError) as caught:
         compile_fit(other, **BARE | {"capture": "eager", "max_epochs": 1}).fit(m.labelled(), ckpt_path=path)
     message = str(caught.value)
-    for line in ("does not fit Base", "missing in the checkpoint: net.2.weight", "not in the module: net.4.weight", "not in the module: net.1.running_mean"):
+    for line in (
+        "does not fit Base",
+        "missing in the checkpoint: net.2.weight",
+        "not in the module: net.4.weight",
+        "not in the module: net.1.running_mean",
+    ):
         assert line in message
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in before.items())
 
@@ -305,7 +350,7 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
             groups = [{"params": [p]} for p in self.parameters()]
             return torch.optim.AdamW(groups, lr=1e-2)
 
-    with pytest.raises(CheckpointError, match="schedulers|optimizer does not fit"):
+    with pytest.raises(CheckpointError, match=r"schedulers|optimizer does not fit"):
         compile_fit(Other(p=0.0), **BARE | {"capture": "eager", "max_epochs": 2}).fit(m.labelled(), ckpt_path=path)
 
 

@@ -35,6 +35,10 @@ class EvalStep:
             self.traced = True
             self._trace = Trace(self._function, self._trainable.sink, self._spec, dynamic=False, cpp_wrapper=False)
 
+    def refresh(self) -> None:
+        """User code ran since the last batch: the guards are checked at the next one."""
+        self._dirty = True
+
     def __call__(self, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Any, tuple[LogKey, ...], Any, int]:
         if self._plan is not None and not self._dirty:
             out = self._plan(batch)

@@ -116,8 +116,10 @@ def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
     for node in returned if isinstance(returned, (list, tuple)) else ():
         source = node.args[0] if isinstance(node, torch.fx.Node) and node.target is torch.scalar_tensor else None
         if isinstance(source, torch.fx.Node) and isinstance(source.meta.get("example_value"), torch.SymFloat):
-            raise CaptureError("a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
-                               "Log a tensor, or keep it in a buffer.")  # fmt: skip
+            raise CaptureError(
+                "a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
+                "Log a tensor, or keep it in a buffer."
+            )
 
 
 def _is_new(variable: Any) -> bool:

@@ -18,7 +18,13 @@ from tests.parity.modules import labelled
 for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
-BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+BARE: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,15 @@ def lightning_fit(case: Case, **options: Any) -> Outcome:
         torch.manual_seed(7)
         trainer.fit(module, **_data(case))
     return Outcome(
-        module, _copy(module), {k: float(v) for k, v in trainer.callback_metrics.items()}, trainer.global_step, trainer.current_epoch,
-        list(getattr(module, "validated", [])), torch.get_rng_state(), trainer.optimizers[0],
-    )  # fmt: skip
+        module,
+        _copy(module),
+        {k: float(v) for k, v in trainer.callback_metrics.items()},
+        trainer.global_step,
+        trainer.current_epoch,
+        list(getattr(module, "validated", [])),
+        torch.get_rng_state(),
+        trainer.optimizers[0],
+    )
 
 
 def fast_fit(case: Case, **options: Any) -> Outcome:
@@ -75,9 +87,17 @@ def fast_fit(case: Case, **options: Any) -> Outcome:
         torch.manual_seed(7)
         result = trainer.fit(**_data(case))
     return Outcome(
-        module, _copy(module), result.metrics, result.steps, result.epochs, list(getattr(module, "validated", [])), torch.get_rng_state(),
-        module.trainer.optimizers[0], result.capture.rung, result,
-    )  # fmt: skip
+        module,
+        _copy(module),
+        result.metrics,
+        result.steps,
+        result.epochs,
+        list(getattr(module, "validated", [])),
+        torch.get_rng_state(),
+        module.trainer.optimizers[0],
+        result.capture.rung,
+        result,
+    )
 
 
 def _data(case: Case) -> dict[str, Any]:

@@ -29,12 +29,16 @@ def labelled(n: int = 44, batch_size: int = 8, *, shuffle: bool = True, seed: in
 
 def images(n: int = 40) -> DataLoader:
     g = torch.Generator().manual_seed(6)
-    return DataLoader(TensorDataset(torch.randn(n, 1, 8, 8, generator=g), torch.randint(CLASSES, (n,), generator=g)), batch_size=8, shuffle=True)
+    return DataLoader(
+        TensorDataset(torch.randn(n, 1, 8, 8, generator=g), torch.randint(CLASSES, (n,), generator=g)), batch_size=8, shuffle=True
+    )
 
 
 def sequences(n: int = 40) -> DataLoader:
     g = torch.Generator().manual_seed(7)
-    return DataLoader(TensorDataset(torch.randn(n, 6, WIDTH, generator=g), torch.randint(CLASSES, (n,), generator=g)), batch_size=8, shuffle=True)
+    return DataLoader(
+        TensorDataset(torch.randn(n, 6, WIDTH, generator=g), torch.randint(CLASSES, (n,), generator=g)), batch_size=8, shuffle=True
+    )
 
 
 def tokens(n: int = 40) -> DataLoader:
@@ -221,10 +225,12 @@ class Grouped(Base):
     """Two parameter groups with their own lr and weight decay."""
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([
-            {"params": self.net[0].parameters(), "lr": 1e-3, "weight_decay": 0.0},
-            {"params": self.net[2].parameters(), "lr": 3e-2, "weight_decay": 0.3},
-        ])  # fmt: skip
+        return torch.optim.AdamW(
+            [
+                {"params": self.net[0].parameters(), "lr": 1e-3, "weight_decay": 0.0},
+                {"params": self.net[2].parameters(), "lr": 3e-2, "weight_decay": 0.3},
+            ]
+        )
 
 
 class TakesDict(Base):
@@ -337,8 +343,16 @@ class Conv(Base):
     """Convolution and pooling."""
 
     def build(self) -> None:
-        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(),
-                                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))  # fmt: skip
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 3),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, CLASSES),
+        )
 
 
 class Recurrent(Base):

@@ -14,12 +14,35 @@ from fasttrain.callbacks.callback import HOOKS
 from tests.parity import modules as m
 from tests.parity.harness import BARE
 
-WRAPPERS = ("optimizer_step", "optimizer_zero_grad", "backward", "configure_gradient_clipping", "lr_scheduler_step")  # these call Lightning's own
-AROUND = ("prepare_data", "setup", "teardown", "configure_model", "configure_optimizers", "configure_callbacks", "train_dataloader", "val_dataloader",
-          "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "on_validation_model_eval", "on_validation_model_train",
-          "on_save_checkpoint", "on_load_checkpoint")  # fmt: skip
+WRAPPERS = (
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "backward",
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
+)  # these call Lightning's own
+AROUND = (
+    "prepare_data",
+    "setup",
+    "teardown",
+    "configure_model",
+    "configure_optimizers",
+    "configure_callbacks",
+    "train_dataloader",
+    "val_dataloader",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "on_validation_model_eval",
+    "on_validation_model_train",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+)
 MOMENTS = tuple(
-    n for n in vars(pl.Callback) if n.startswith("on_") and n not in ("on_save_checkpoint", "on_load_checkpoint", "on_exception", "on_sanity_check_start", "on_sanity_check_end")
+    n
+    for n in vars(pl.Callback)
+    if n.startswith("on_")
+    and n not in ("on_save_checkpoint", "on_load_checkpoint", "on_exception", "on_sanity_check_start", "on_sanity_check_end")
 )
 
 
@@ -52,7 +75,11 @@ class Scheduled(m.Base):
         opt = torch.optim.SGD(self.parameters(), lr=0.1)
         by = torch.optim.lr_scheduler
         plateau = by.ReduceLROnPlateau(opt)
-        return [opt], [{"scheduler": by.ConstantLR(opt), "interval": "step"}, by.ConstantLR(opt), {"scheduler": plateau, "monitor": "val_loss", "strict": False}]
+        return [opt], [
+            {"scheduler": by.ConstantLR(opt), "interval": "step"},
+            by.ConstantLR(opt),
+            {"scheduler": plateau, "monitor": "val_loss", "strict": False},
+        ]
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self(batch[0])
@@ -95,8 +122,20 @@ def looked(calls: list[str]) -> list[str]:
     return calls[:first] + calls[first + 1 :]
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"val_check_interval": 1}, {"gradient_clip_val": 1.0}, {"num_sanity_val_steps": 0},
-                                     {"check_val_every_n_epoch": 2}, {"max_steps": 2}, {"limit_val_batches": 0}, {"fast_dev_run": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"val_check_interval": 1},
+        {"gradient_clip_val": 1.0},
+        {"num_sanity_val_steps": 0},
+        {"check_val_every_n_epoch": 2},
+        {"max_steps": 2},
+        {"limit_val_batches": 0},
+        {"fast_dev_run": True},
+    ],
+)
 def test_the_moments_of_a_fit_come_in_lightnings_order(options: dict[str, Any]) -> None:
     """Callback before module, hook by hook, over two epochs with validation and every kind of scheduler."""
     ours, theirs = (recorded(fast, "fit", (*MOMENTS, "lr_scheduler_step"), True, **options) for fast in (True, False))

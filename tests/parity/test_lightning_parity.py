@@ -65,7 +65,19 @@ CASES: dict[str, Case] = {
     "noise": Case(m.Noisy),
 }
 
-CAPTURED = ("classifier", "batch_norm", "dropout_zero", "dict_batch", "accumulation", "clip_norm", "one_cycle", "optimizer_rmsprop", "conv", "log_dict", "buffers")
+CAPTURED = (
+    "classifier",
+    "batch_norm",
+    "dropout_zero",
+    "dict_batch",
+    "accumulation",
+    "clip_norm",
+    "one_cycle",
+    "optimizer_rmsprop",
+    "conv",
+    "log_dict",
+    "buffers",
+)
 CANNOT = {"on_after_backward": "hook", "own_clipping": "hook", "warm_up": "hook", "lstm": "LSTM"}  # these run eagerly, and say why
 RANDOM = {"dropout", "noise"}  # a captured step may draw other numbers
 

@@ -22,9 +22,17 @@ def net(p: float = 0.0) -> nn.Sequential:
 
 
 def by_hand(
-    model: nn.Module, loader: Iterable[Any], optimizer: torch.optim.Optimizer, *, epochs: int = 2, window: int = 1,
-    clip_norm: float | None = None, clip_value: float | None = None, by_step: Any = None, by_epoch: Any = None,
-) -> list[Tensor]:  # fmt: skip
+    model: nn.Module,
+    loader: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int = 2,
+    window: int = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    by_step: Any = None,
+    by_epoch: Any = None,
+) -> list[Tensor]:
     """A training loop as the textbooks have it; a short last window is divided by its own length."""
     losses = []
     for _ in range(epochs):

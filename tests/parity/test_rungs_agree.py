@@ -16,12 +16,14 @@ from tests.parity import modules as m
 from tests.parity.harness import Case, Outcome, assert_same, assert_same_metrics, assert_same_weights, fast_fit, lightning_fit
 
 
-def both(make: Any, train: Any = m.labelled, *, ratio: float = 2e-5, callbacks: Any = None, rung: str | None = "compile", **options: Any) -> tuple[Outcome, Outcome]:
+def both(
+    make: Any, train: Any = m.labelled, *, ratio: float = 2e-5, callbacks: Any = None, rung: str | None = "compile", **options: Any
+) -> tuple[Outcome, Outcome]:
     """The same training on both rungs; asserts that they agree."""
     out = []
     for capture in ("eager", "auto" if rung is None else "compile"):
         random.seed(3)
-        np.random.seed(3)  # noqa: NPY002 - modules in the wild use the global stream
+        np.random.seed(3)
         more = {"callbacks": callbacks()} if callbacks else {}
         if capture == "auto":
             more["deterministic"] = True  # captured when it can be, nothing measured
@@ -113,11 +115,23 @@ class HeadOnly(m.Classifier):
 
 
 @pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize(("act", "make"), [
-    (_lr, m.Classifier), (_lr, m.StepScheduled), (_decay_weights, m.Classifier), (_reload_slots, m.Classifier), (_reload_slots, m.StepScheduled),
-    (_clear_slots, m.Classifier), (_add_group, HeadOnly), (_replace_layer, m.Classifier), (_toggle_grad, m.Classifier), (_toggle_mode, m.Normed),
-    (_write_weights, m.Classifier), (_prune, m.Classifier),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("act", "make"),
+    [
+        (_lr, m.Classifier),
+        (_lr, m.StepScheduled),
+        (_decay_weights, m.Classifier),
+        (_reload_slots, m.Classifier),
+        (_reload_slots, m.StepScheduled),
+        (_clear_slots, m.Classifier),
+        (_add_group, HeadOnly),
+        (_replace_layer, m.Classifier),
+        (_toggle_grad, m.Classifier),
+        (_toggle_mode, m.Normed),
+        (_write_weights, m.Classifier),
+        (_prune, m.Classifier),
+    ],
+)
 def test_what_callbacks_change_between_batches_reaches_the_captured_step(act: Any, make: Any, window: int) -> None:
     """Learning rates, storages, slots, groups, layers, modes and requires_grad, changed in any batch, in a window too."""
     both(make, callbacks=lambda: [Acts(act)], accumulate_grad_batches=window)
@@ -147,7 +161,7 @@ class NumpyRandom(m.Base):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        return F.cross_entropy(self(x * float(np.random.beta(0.4, 0.4))), y)  # noqa: NPY002
+        return F.cross_entropy(self(x * float(np.random.beta(0.4, 0.4))), y)
 
 
 class PythonInt(m.Base):
@@ -358,10 +372,29 @@ class Metered(m.LogsDict):
         return loss
 
 
-@pytest.mark.parametrize("make", [
-    PythonRandom, PythonCoin, NumpyRandom, PythonInt, OwnRandom, OwnIterator, OwnHelper, OwnGenerator, KeepsOutput, Queue, Teacher, ShapeOne, Doubles,
-    Transposed, Parametrized, Remembers, NoGraphBranch, Metered,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        PythonRandom,
+        PythonCoin,
+        NumpyRandom,
+        PythonInt,
+        OwnRandom,
+        OwnIterator,
+        OwnHelper,
+        OwnGenerator,
+        KeepsOutput,
+        Queue,
+        Teacher,
+        ShapeOne,
+        Doubles,
+        Transposed,
+        Parametrized,
+        Remembers,
+        NoGraphBranch,
+        Metered,
+    ],
+)
 def test_python_inside_the_step_means_the_same_captured(make: Any) -> None:
     """Random numbers, counters, iterators, kept tensors, odd losses and odd parameters: captured right, or not captured."""
     both(make, rung=None)
@@ -393,7 +426,9 @@ class Ragged:
 @pytest.mark.parametrize("window", [1, 3])
 def test_batches_of_every_size_without_a_recompile_storm(window: int) -> None:
     """Twenty batches of ten sizes: right, and traced at most three times."""
-    _, compiled = both(m.Classifier, lambda: Ragged([8, 3, 5, 8, 7, 2, 9, 4, 6, 1, 8, 3, 5, 8, 7, 2, 9, 4, 6, 10]), accumulate_grad_batches=window)
+    _, compiled = both(
+        m.Classifier, lambda: Ragged([8, 3, 5, 8, 7, 2, 9, 4, 6, 1, 8, 3, 5, 8, 7, 2, 9, 4, 6, 10]), accumulate_grad_batches=window
+    )
     assert compiled.result.capture.traces <= 3
 
 
@@ -418,7 +453,10 @@ def test_nonfinite_steps_are_treated_alike(nonfinite: str, window: int, clip: di
             x, y = batch
             return F.cross_entropy(self(x), y) * (float("nan") if batch_idx == 2 else 1.0)
 
-    out = [fast_fit(Case(Breaks, options={"max_epochs": 2, "nonfinite": nonfinite, "accumulate_grad_batches": window, **clip}), capture=c) for c in ("eager", "compile")]
+    out = [
+        fast_fit(Case(Breaks, options={"max_epochs": 2, "nonfinite": nonfinite, "accumulate_grad_batches": window, **clip}), capture=c)
+        for c in ("eager", "compile")
+    ]
     assert out[0].steps == out[1].steps
     assert out[0].result.ledger.skipped_steps == out[1].result.ledger.skipped_steps
     if nonfinite == "skip":
@@ -438,7 +476,7 @@ def test_the_look_before_training_leaves_no_trace(make: Any) -> None:
     outcomes = []
     for train in (fast_fit, lightning_fit):
         random.seed(3)
-        np.random.seed(3)  # noqa: NPY002
+        np.random.seed(3)
         outcomes.append(train(Case(make)))
     assert_same(*outcomes)
 
@@ -533,6 +571,7 @@ class ValidationIndex(m.Base):
 @pytest.mark.parametrize("make", [m.Base, m.Normed, ValidationHooks, ValidationIndex, lambda: m.Dropped(p=0.5)])
 def test_captured_validation_is_eager_validation(make: Any) -> None:
     """With a short last batch, in every epoch: the same metrics, whatever hooks change between its batches."""
+
     def val() -> Any:
         return m.labelled(44, 8, shuffle=False, seed=9)
 

@@ -1,0 +1,76 @@
+"""``capture="auto"``: measures on a snapshot, starts no compile that cannot pay, decides the same the next time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fasttrain
+from fasttrain.graphs import decisions
+from tests.graphs.test_compile_rung import QUIET, Net, batches
+
+
+class StopAt(fasttrain.Callback):
+    """Asks for the end of the run after a number of steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Decisions of this test alone."""
+    monkeypatch.setattr(decisions, "_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def run(**options: Any) -> tuple[Any, Net]:
+    torch.manual_seed(1)
+    module = Net()
+    torch.manual_seed(2)
+    return fasttrain.compile_fit(module, **QUIET, **options).fit(batches([8] * 12)), module
+
+
+def test_few_steps_stay_eager(folder: Path) -> None:
+    """A run too short to pay for a compile runs eagerly, says so, and computes what the eager rung computes."""
+    auto, a = run(max_epochs=1)
+    _, b = run(max_epochs=1, capture="eager")
+    assert auto.capture.rung == "eager"
+    assert "cannot pay" in auto.capture.why
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_measuring_leaves_no_trace_and_is_remembered(folder: Path) -> None:
+    """An endless run measures, keeps the quicker rung, starts from untouched weights, and the next one decides the same bits."""
+    first, a = run(max_epochs=-1, callbacks=[StopAt(9)])
+    assert set(first.capture.timings_us) == {"eager", "captured"}
+    kept = [json.loads(p.read_text()) for p in folder.glob("*.json")]
+    assert len(kept) == 1
+    second, b = run(max_epochs=-1, callbacks=[StopAt(9)])
+    assert second.capture.why == "measured before on this machine"
+    assert second.capture.rung == first.capture.rung
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(x, y)
+    _, c = run(max_epochs=-1, callbacks=[StopAt(9)], capture="eager")
+    for x, y in zip(a.parameters(), c.parameters(), strict=True):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-4)  # reassociated sums over nine AdamW steps of 1e-2
+
+
+def test_a_look_is_not_heard(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a step prints is printed once a batch, however often it was looked at and timed."""
+
+    class Talks(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            print("step")
+            return super().training_step(batch, batch_idx)
+
+    fasttrain.compile_fit(Talks(), max_epochs=1, **QUIET).fit(batches([8] * 3))
+    assert capsys.readouterr().out.count("step") == 3
