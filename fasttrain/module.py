@@ -130,9 +130,14 @@ class Sink:
                 name,
                 value,
                 dict(
-                    prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch, reduce_fx=reduce_fx,
-                    batch_size=batch_size, add_dataloader_idx=add_dataloader_idx,
-                ),  # fmt: skip
+                    prog_bar=prog_bar,
+                    logger=logger,
+                    on_step=on_step,
+                    on_epoch=on_epoch,
+                    reduce_fx=reduce_fx,
+                    batch_size=batch_size,
+                    add_dataloader_idx=add_dataloader_idx,
+                ),
             )
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
