@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fasttrain.data import END, Lookahead, Source
+from fasttrain.graphs.capture import built_as
 from fasttrain.graphs.contract import batch_size_of
 from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.results import MetricView
@@ -116,11 +117,12 @@ def _step_of(run: Run, source: Source, stage: str, index: int, suffix: str) -> E
     step = run.eval_steps.get((stage, index))
     if step is None:
         step = run.eval_steps[stage, index] = EvalStep(run.trainable, run.spec, stage, keep=keep, suffix=suffix)
-    rung = run.report.rung
+    build = run.report.build
     if run.step is None and run.maker is not None and run.maker.decided is not None and run.options.capture != "eager":
-        rung = run.maker.decided["rung"]  # a resumed run that still owes a validation: as the run did that was saved
-    captured = run.facade.state.fn == "fit" and not run.facade.sanity_checking and rung == "compile"
-    step.begin(math.inf if run.options.capture == "compile" else _passes_left(run) * source.batches, may_trace=captured)
+        build = built_as(run.maker.decided)  # a resumed run that still owes a validation: as the run did that was saved
+    within = run.facade.state.fn == "fit" and not run.facade.sanity_checking
+    left = math.inf if run.options.capture == "compile" else _passes_left(run) * source.batches
+    step.begin(left, build=build if within else None)
     return step
 
 

@@ -248,6 +248,14 @@ class Obstacle:
         return " ".join(p for p in (f"{self.where}:" if self.where else "", self.reason, self.advice) if p)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """How a step was compiled: what a later run must repeat to compute the same bits."""
+
+    kernel_threads: int  # threads in each generated CPU kernel; matrix products and the update use torch's count
+    cpp_wrapper: bool = False  # calls between kernels in C++ too: quicker to run, slower to compile
+
+
 @dataclass
 class CaptureReport:
     """How the step runs: its rung, whether it is whole, in how many pieces, and what stood in the way."""
@@ -262,7 +270,7 @@ class CaptureReport:
     traces: int = 0
     direct: bool = False  # steady steps call the graph past its guards
     why_guarded: str = ""
-    cpp_wrapper: bool = False
+    build: Build | None = None
     obstacles: list[Obstacle] = field(default_factory=list)
     timings_us: dict[str, float] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasttrain import checkpoint as disk
 from fasttrain.errors import CheckpointError
+from fasttrain.graphs.capture import as_decided
 from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.verify import VerifiedStep
 from fasttrain.run import Run
@@ -65,7 +66,8 @@ def _decided(run: Run) -> dict[str, Any] | None:
     """What ``auto`` chose: a resumed run must compute the same bits, not measure anew."""
     if run.step is None:
         return None
-    return {"rung": run.report.rung, "threads": run.report.threads, "cpp_wrapper": run.report.cpp_wrapper}
+    build = vars(run.report.build) if run.report.build is not None else None
+    return {"rung": run.report.rung, "threads": run.report.threads, "build": build}
 
 
 def _hparams(run: Run) -> dict[str, Any] | None:
@@ -153,7 +155,7 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
     facade.restore_known(saved["known_metrics"])
     if saved["datamodule"] is not None and callable(getattr(facade.datamodule, "load_state_dict", None)):
         facade.datamodule.load_state_dict(saved["datamodule"])
-    maker.decided = saved["decided"]
+    as_decided(maker, saved["decided"])
     run.open_gradients = saved["open_gradients"]
     run.resume = {"rng": saved["rng"], "epoch_rng": saved["epoch_rng"] if facade.progress.epoch_open else None}
 

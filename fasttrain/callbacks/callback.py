@@ -106,9 +106,7 @@ class Callback:
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The pass over the validation loaders is done."""
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """A validation batch begins."""
 
     def on_validation_batch_end(
@@ -128,14 +126,10 @@ class Callback:
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The pass over the test loaders is done."""
 
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """A test batch begins."""
 
-    def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """A test batch is done."""
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
@@ -150,14 +144,10 @@ class Callback:
     def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The pass over the predict loaders is done."""
 
-    def on_predict_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """A predict batch begins."""
 
-    def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """A predict batch is done."""
 
 

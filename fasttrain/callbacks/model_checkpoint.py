@@ -181,9 +181,7 @@ class ModelCheckpoint(Checkpoint):
         self._checked_at = time.monotonic()
         self._waiting = self._validated = False
 
-    def on_train_batch_end(
-        self, trainer: TrainerView, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: TrainerView, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._is_due(trainer) or self._must_skip(trainer):
             return
         if self.monitor is not None and self._should_wait(trainer, self.monitor):
@@ -228,9 +226,7 @@ class ModelCheckpoint(Checkpoint):
         self._forget(trainer, self._save_last(trainer, values))
         _LOG.info("%s: %s; saved %s", type(exception).__name__, exception, path)
 
-    def format_checkpoint_name(
-        self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None
-    ) -> str:
+    def format_checkpoint_name(self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None) -> str:
         """The path for these values, with `-v{ver}` at the end if given."""
         name = checkpoint_name(filename or self.filename, metrics, insert_name=self.auto_insert_metric_name)
         name = name if ver is None else f"{name}-v{ver}"
@@ -347,9 +343,7 @@ class ModelCheckpoint(Checkpoint):
     def _last_path(self, trainer: TrainerView, values: dict[str, Any]) -> str:
         return self._free_path(trainer, values, mine=self._kept.last_path, filename=self.CHECKPOINT_NAME_LAST)
 
-    def _free_path(
-        self, trainer: TrainerView, values: dict[str, Any], *, mine: str, filename: str | None = None
-    ) -> str:
+    def _free_path(self, trainer: TrainerView, values: dict[str, Any], *, mine: str, filename: str | None = None) -> str:
         """The first path that nothing is at, or that is `mine` and about to be replaced."""
         path, version = self.format_checkpoint_name(values, filename), self.STARTING_VERSION
         while self.enable_version_counter and path != mine and self._exists(trainer, path):

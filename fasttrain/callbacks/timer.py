@@ -120,9 +120,7 @@ class Timer(Callback):
     def on_predict_end(self, trainer: TrainerView, pl_module: Any) -> None:
         self._end_time["predict"] = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: TrainerView, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: TrainerView, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._interval == "step":
             self._check(trainer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 import sys
 import time
@@ -25,7 +26,7 @@ from fasttrain.graphs.tail import LossScale, StockTail, tail_obstacle, trainable
 from fasttrain.graphs.verify import VerifiedStep
 from fasttrain.module import IN_STEP_HOOKS, Trainable
 from fasttrain.options import Options
-from fasttrain.results import CaptureReport, Obstacle
+from fasttrain.results import Build, CaptureReport, Obstacle
 from fasttrain.state import Snapshot
 
 SAVING = 0.3  # the least share of an eager step that compiling is expected to save when nothing was measured yet
@@ -68,11 +69,23 @@ class StepMaker:
         params = trainable_params(self.optimizer)
         return EagerStep(self.trainable, self.spec, self.optimizer, params, self.options, self.scaler, self.fire, self.live)
 
-    def compiled(self, *, cpp_wrapper: bool, graph: bool = False) -> CompileStep:
-        return CompileStep(self.trainable, self.spec, self.optimizer, self.options, self.scaler, cpp_wrapper=cpp_wrapper, graph=graph)
+    def compiled(self, build: Build, *, graph: bool = False) -> CompileStep:
+        return CompileStep(self.trainable, self.spec, self.optimizer, self.options, self.scaler, build=build, graph=graph)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.trainable.module, [self.optimizer])
+
+
+def as_decided(maker: StepMaker, decided: dict[str, Any] | None) -> None:
+    """A resumed run computes with the threads, and later takes the rung, that the saved one had chosen."""
+    maker.decided = decided
+    if decided is not None:
+        torch.set_num_threads(decided["threads"])
+
+
+def built_as(decided: dict[str, Any]) -> Build | None:
+    """How the saved run had compiled its step; None when it ran eagerly."""
+    return Build(**decided["build"]) if decided["build"] is not None else None
 
 
 def dry_look(maker: StepMaker, batch: Any) -> None:
@@ -149,18 +162,17 @@ def _eager(maker: StepMaker, report: CaptureReport, why: str) -> tuple[Step, Cap
 
 
 def _traced(
-    maker: StepMaker, report: CaptureReport, batch: Any, why: str, *, cpp_wrapper: bool = False, graph: bool = False
+    maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: Build | None = None, *, graph: bool = False
 ) -> tuple[Step, CaptureReport]:
     """Trace now, on a snapshot, so that a failure costs nothing but time."""
-    step = maker.compiled(cpp_wrapper=cpp_wrapper, graph=graph)
+    build = build or Build(kernel_threads=torch.get_num_threads())
+    step = maker.compiled(build, graph=graph)
     maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
     before = maker.snapshot()
     error: Exception | None = None
     try:
         with unheard():
             step.micro_step(batch, 0, first=True, last=True, divisor=1)
-        if any(g.layout is not torch.strided for g in step.gradients().values()):
-            raise CaptureError("a sparse gradient: the captured update takes dense ones")
     except Exception as caught:
         error = caught
     before.restore()
@@ -174,7 +186,7 @@ def _traced(
     step.refresh()
     report.rung, report.whole, report.pieces, report.why = step.rung, True, 1, why
     report.compile_s, report.traces, report.threads = step.compile_s, step.traces, torch.get_num_threads()
-    report.cpp_wrapper = cpp_wrapper
+    report.build = build
     return step, report
 
 
@@ -184,17 +196,16 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
     if maker.options.deterministic:
         return _traced(maker, report, batch, "deterministic: nothing is measured", graph=graph)
     if maker.decided is not None:
-        torch.set_num_threads(maker.decided["threads"])
-        if maker.decided["rung"] == "eager":
+        build = built_as(maker.decided)
+        if build is None:
             return _eager(maker, report, "as in the checkpoint")
-        return _traced(maker, report, batch, "as in the checkpoint", cpp_wrapper=maker.decided["cpp_wrapper"], graph=graph)
+        return _traced(maker, report, batch, "as in the checkpoint", build, graph=graph)
     key = decisions.key_for(maker.trainable.module, maker.optimizer, batch, maker.options)
     known = decisions.recall(key)
     if known is None:
         eager_s, threads = _time_eager(maker, batch)
-        known = {"eager_us": eager_s * 1e6, "threads": threads}
+        known = {"eager_us": eager_s * 1e6, "eager_threads": threads}
         decisions.remember(key, known)
-    torch.set_num_threads(known["threads"])
     report.timings_us = {"eager": known["eager_us"]}
     if maker.options.max_seconds is not None:
         remaining = min(remaining, maker.options.max_seconds / known["eager_us"] * 1e6)
@@ -203,30 +214,44 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
         return _measured(maker, report, batch, key, known, left_s, graph)
     report.timings_us["captured"] = known["captured_us"]
     if left_s * (1 - known["captured_us"] / known["eager_us"]) < known["warm_compile_s"]:
+        torch.set_num_threads(known["eager_threads"])
         return _eager(maker, report, "measured before on this machine")
-    return _traced(maker, report, batch, "measured before on this machine", cpp_wrapper=known["cpp_wrapper"], graph=graph)
+    torch.set_num_threads(known["threads"])
+    return _traced(maker, report, batch, "measured before on this machine", Build(**known["build"]), graph=graph)
 
 
 def _measured(
     maker: StepMaker, report: CaptureReport, batch: Any, key: str, known: dict[str, Any], left_s: float, graph: bool
 ) -> tuple[Step, CaptureReport]:
     """Compile when what is left can pay for it, time both rungs, keep the quicker, remember."""
+    most, eager_threads = max(1, torch.get_num_threads() - maker.workers), known["eager_threads"]
     cost = 8.0 + 0.08 * len(trainable_params(maker.optimizer))
     if left_s * SAVING < cost:
+        torch.set_num_threads(eager_threads)
         return _eager(maker, report, f"the {left_s:.0f} s that eager steps would take cannot pay for compiling (about {cost:.0f} s)")
+    # Where eager steps are no quicker with more threads, the fused kernels between the matrix products are too small to share.
     cpp_wrapper = not graph and left_s * 0.1 > cost and known["eager_us"] < 20_000
-    step, report = _traced(maker, report, batch, "", cpp_wrapper=cpp_wrapper, graph=graph)
+    build = Build(kernel_threads=eager_threads, cpp_wrapper=cpp_wrapper)
+    step, report = _traced(maker, report, batch, "", build, graph=graph)
     if step.rung == "eager":
         return step, report
     # Side by side: what else the machine does changes within the seconds a compile takes.
-    rounds = [(_time(maker, maker.eager(), batch, 0.15), _time(maker, step, batch, 0.15)) for _ in range(3)]
-    eager, captured = (min(times) * 1e6 for times in zip(*rounds, strict=True))
-    report.timings_us = {"eager": eager, "captured": captured}
-    decisions.remember(key, known | {"eager_us": eager, "captured_us": captured, "cpp_wrapper": cpp_wrapper, "warm_compile_s": 3.0})
-    if captured >= eager:
+    times: dict[str, float] = {}
+    for _ in range(3):
+        for name, one, threads in (("eager", maker.eager(), eager_threads), *((f"captured/{n}", step, n) for n in sorted({1, most}))):
+            torch.set_num_threads(threads)
+            times[name] = min(times.get(name, math.inf), _time(maker, one, batch, 0.15) * 1e6)
+    threads = most if times[f"captured/{most}"] < 0.9 * times["captured/1"] else 1
+    captured = times[f"captured/{threads}"]
+    report.timings_us = times
+    decided = {"threads": threads, "build": vars(build), "eager_us": times["eager"], "captured_us": captured, "warm_compile_s": 3.0}
+    decisions.remember(key, known | decided)
+    if captured >= times["eager"]:
+        torch.set_num_threads(eager_threads)
         return _eager(maker, report, "measured: eager is quicker here")
+    torch.set_num_threads(threads)
     step.refresh()
-    report.why = f"measured: {eager / captured:.1f}x quicker than eager"
+    report.why, report.threads = f"measured: {times['eager'] / captured:.1f}x quicker than eager", threads
     return step, report
 
 
@@ -238,7 +263,7 @@ def _time_eager(maker: StepMaker, batch: Any) -> tuple[float, int]:
         for threads in sorted({1, most}):
             torch.set_num_threads(threads)
             seconds = _time(maker, maker.eager(), batch)
-            # Eager work hides what waiting for a second thread costs a compiled step: two must win clearly.
+            # More threads must win clearly: they lose far more than they gain when another process wants a core.
             if best is None or seconds < 0.8 * best[0]:
                 best = (seconds, threads)
     assert best is not None

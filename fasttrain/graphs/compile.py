@@ -18,7 +18,7 @@ from fasttrain.graphs.tail import LossScale, Tail, make_tail, trainable_params
 from fasttrain.graphs.trace import Plan, Trace
 from fasttrain.module import Trainable
 from fasttrain.options import Options
-from fasttrain.results import LogKey, Obstacle
+from fasttrain.results import Build, LogKey, Obstacle
 
 
 class CompileStep:
@@ -29,10 +29,10 @@ class CompileStep:
 
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options,
-        scaler: LossScale | None, *, cpp_wrapper: bool, graph: bool,
+        scaler: LossScale | None, *, build: Build, graph: bool,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
-        self._scaler, self._cpp_wrapper = scaler, cpp_wrapper
+        self._scaler, self._build = scaler, build
         self._accumulates = max(options.accumulate_grad_batches.values()) > 1
         self._memory = GraphMemory(spec.device) if graph else None
         if graph:
@@ -202,9 +202,7 @@ class CompileStep:
 
     def _trace(self, *, dynamic: bool) -> Trace:
         if self._traces.get(dynamic) is None:
-            self._traces[dynamic] = Trace(
-                self._micro_step, self._trainable.sink, self._spec, dynamic=dynamic, cpp_wrapper=self._cpp_wrapper
-            )
+            self._traces[dynamic] = Trace(self._micro_step, self._trainable.sink, self._spec, dynamic=dynamic, build=self._build)
         trace = self._traces[dynamic]
         assert trace is not None
         return trace

@@ -9,7 +9,7 @@ from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.program import Raw, StepSpec, keys_and_values, make_eval_step
 from fasttrain.graphs.trace import Plan, Trace
 from fasttrain.module import Trainable
-from fasttrain.results import LogKey, Obstacle
+from fasttrain.results import Build, LogKey, Obstacle
 
 PAYS_FROM = 1000  # batches still to be evaluated; a count and not a time, so that every run decides the same
 
@@ -28,12 +28,13 @@ class EvalStep:
         self.obstacles: list[Obstacle] = []
         self.traced = False
 
-    def begin(self, batches_left: float, *, may_trace: bool) -> None:
-        """A pass begins: user code may have run since the last one. Enough ``batches_left`` make tracing pay."""
+    def begin(self, batches_left: float, *, build: Build | None) -> None:
+        """A pass begins: user code may have run since the last one. Enough ``batches_left`` make tracing pay,
+        where the training step was traced (``build``)."""
         self._dirty = True
-        if may_trace and not self.traced and batches_left >= PAYS_FROM:
+        if build is not None and not self.traced and batches_left >= PAYS_FROM:
             self.traced = True
-            self._trace = Trace(self._function, self._trainable.sink, self._spec, dynamic=False, cpp_wrapper=False)
+            self._trace = Trace(self._function, self._trainable.sink, self._spec, dynamic=False, build=build)
 
     def refresh(self) -> None:
         """User code ran since the last batch: the guards are checked at the next one."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
-from fasttrain.results import LogKey
+from fasttrain.results import Build, LogKey
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
 
@@ -30,10 +30,11 @@ _NUMBERS = itertools.count()
 class Trace:
     """One ``torch.compile`` of a step, and what its last guarded call really ran."""
 
-    def __init__(self, function: Callable[..., Raw], sink: object, spec: StepSpec, *, dynamic: bool, cpp_wrapper: bool) -> None:
+    def __init__(self, function: Callable[..., Raw], sink: object, spec: StepSpec, *, dynamic: bool, build: Build) -> None:
         self._sink, self._spec = sink, spec
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
-        self._patches = {"fallback_random": True, "cpp_wrapper": cpp_wrapper, "size_asserts": False}
+        self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
+        self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
         self.count = 0
         self.entry: _Entry | None = None
         # A code object and a name of its own: Dynamo's cache and recompile limit belong to the code, and what it

@@ -111,6 +111,7 @@ class VerifiedStep:
         self._report.obstacles.append(
             Obstacle(f"verify found a difference at {where}", advice="The run goes on eagerly; please report it.")
         )
+        self._report.build = None
         self._report.rung, self._report.whole, self._report.why = "eager", False, "the captured step differed from the eager one"
         self._say(f"verify: {self._report.obstacles[-1]}")
         self.active, self.rung = self._eager, "eager"

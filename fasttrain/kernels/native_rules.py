@@ -155,9 +155,7 @@ def make_state(rule: Rule, group: Mapping[str, Any], param: Tensor) -> dict[str,
     return {"step": step, **{name: slot.detach() for name, slot in zeros.items()}}
 
 
-def write_row(
-    row: library.Row, state: dict[str, Any], rule: Rule, group: Mapping[str, Any], param: Tensor
-) -> list[Tensor]:
+def write_row(row: library.Row, state: dict[str, Any], rule: Rule, group: Mapping[str, Any], param: Tensor) -> list[Tensor]:
     """Fills the row's state addresses, gives back the tensors behind them; a slot in another order is laid out anew."""
     kept = []
     for i, name in enumerate(rule.slots(group)):

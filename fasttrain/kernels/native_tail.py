@@ -37,9 +37,7 @@ class NativeTail:
         outcome = tail.step([p.grad for p in params], max_norm=1.0, check=True)   # tail.grad_norm holds the norm
     """
 
-    def __init__(
-        self, optimizer: Optimizer, params: Sequence[Tensor], *, norm_type: float = 2.0, bump_versions: bool = False
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], *, norm_type: float = 2.0, bump_versions: bool = False) -> None:
         if norm_type not in (2.0, math.inf):
             raise KernelError(reject("norm_type", norm_type, "2.0 or inf", "Measure others with grad_norm."))
         rule = native_rules.rule_of(optimizer)
@@ -213,9 +211,7 @@ class NativeTail:
         self._checked = not any(grad is None for grad in grads)
         return copied
 
-    def _write_knobs(
-        self, max_norm: float | None, clip_value: float | None, grad_scale: float, check: bool, zero_grads: bool
-    ) -> None:
+    def _write_knobs(self, max_norm: float | None, clip_value: float | None, grad_scale: float, check: bool, zero_grads: bool) -> None:
         for name, value in (("max_norm", max_norm), ("clip_value", clip_value)):
             if value is not None and not value >= 0:
                 raise KernelError(reject(name, value, "a number >= 0 or None", "Use None not to clip."))

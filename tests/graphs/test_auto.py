@@ -51,7 +51,7 @@ def test_few_steps_stay_eager(folder: Path) -> None:
 def test_measuring_leaves_no_trace_and_is_remembered(folder: Path) -> None:
     """An endless run measures, keeps the quicker rung, starts from untouched weights, and the next one decides the same bits."""
     first, a = run(max_epochs=-1, callbacks=[StopAt(9)])
-    assert set(first.capture.timings_us) == {"eager", "captured"}
+    assert {"eager", "captured/1"} <= set(first.capture.timings_us)
     kept = [json.loads(p.read_text()) for p in folder.glob("*.json")]
     assert len(kept) == 1
     second, b = run(max_epochs=-1, callbacks=[StopAt(9)])
