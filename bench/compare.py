@@ -20,7 +20,7 @@ from bench.workloads import WORKLOADS
 
 def compare(name: str, sides: tuple[str, ...], rounds: int, warm: int = 2) -> dict[str, dict[str, float]]:
     """Median microseconds a batch of each side, rounds interleaved; refuses when two sides train to different losses."""
-    batches = WORKLOADS[name].batches
+    batches = WORKLOADS[name].batches * WORKLOADS[name].passes
     with contextlib.ExitStack() as stack:
         live = {s: stack.enter_context(worker(name, s)) for s in sides}
         first = {s: [run() for _ in range(warm)] for s, run in live.items()}

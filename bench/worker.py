@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own: trains one epoch each time a line comes in, answers with its seconds."""
+"""One side of a comparison in a process of its own: trains one round each time a line comes in, answers with its seconds."""
 
 from __future__ import annotations
 
@@ -63,15 +63,17 @@ def _plain(w: Workload, model: Any, side: str, rounds: Rounds) -> None:
     loader, mixed = w.loader(), w.precision == "bf16-mixed"
     torch.manual_seed(11)
     while rounds.start():
-        total, n = torch.zeros(()), 0
-        for batch in loader:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
-                loss = step(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total, n = total + loss.detach(), n + 1
-        rounds.stop(loss=float(total / n))
+        for _ in range(w.passes):
+            total, n = torch.zeros(()), 0
+            for batch in loader:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+                    loss = step(batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total, n = total + loss.detach(), n + 1
+            mean = float(total / n)
+        rounds.stop(loss=mean)
 
 
 class _Shaped:
@@ -90,18 +92,17 @@ class _Stop(Exception):
     pass
 
 
-def _hooks(rounds: Rounds, metric: str) -> dict[str, Any]:
-    """An epoch is a round, for both trainers alike; the report is made when the epoch's metrics are known."""
+def _hooks(rounds: Rounds, metric: str, passes: int) -> dict[str, Any]:
+    """A few epochs are a round, for both trainers alike; the epoch's mean loss is read in every one, as a person would."""
 
     def on_train_epoch_start(self: Any, trainer: Any, module: Any) -> None:
-        if not rounds.start():
+        if trainer.current_epoch % passes == 0 and not rounds.start():
             raise _Stop
 
     def on_train_epoch_end(self: Any, trainer: Any, module: Any) -> None:
-        seconds = time.perf_counter() - rounds.t
         loss = float(trainer.callback_metrics[metric])
-        rounds.t = time.perf_counter() - seconds
-        rounds.stop(loss=loss)
+        if (trainer.current_epoch + 1) % passes == 0:
+            rounds.stop(loss=loss)
 
     return {"on_train_epoch_start": on_train_epoch_start, "on_train_epoch_end": on_train_epoch_end}
 
@@ -119,7 +120,7 @@ def _lightning(w: Workload, model: Any, rounds: Rounds) -> None:
             super().__init__()
             self.model = model
 
-    watch = type("Watch", (pl.Callback,), _hooks(rounds, "loss_epoch"))()
+    watch = type("Watch", (pl.Callback,), _hooks(rounds, "loss_epoch", w.passes))()
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Stop):
         trainer = pl.Trainer(
             max_epochs=-1, accelerator="cpu", logger=CSVLogger(folder), enable_checkpointing=False, enable_progress_bar=False,
@@ -137,7 +138,7 @@ def _fasttrain(w: Workload, model: Any, side: str, rounds: Rounds) -> None:
             super().__init__()
             self.model = model
 
-    watch = type("Watch", (fasttrain.Callback,), _hooks(rounds, "loss_epoch"))()
+    watch = type("Watch", (fasttrain.Callback,), _hooks(rounds, "loss_epoch", w.passes))()
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Stop):
         trainer = fasttrain.compile_fit(
             Module(), max_epochs=10**6, accelerator="cpu", default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False,
