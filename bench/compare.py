@@ -46,7 +46,8 @@ def _check_losses(name: str, losses: dict[str, list[float]]) -> None:
     reference = losses["plain"][0]
     for side, values in losses.items():
         if abs(values[0] - reference) > (2e-2 if mixed else 2e-3) * abs(reference):
-            raise SystemExit(f"{name}: {side} trains to {values[0]:.6f} in its first epoch, plain to {reference:.6f}: not the same training, no speed.")
+            where = f"{name}: {side} trains to {values[0]:.6f} in its first round, plain to {reference:.6f}"
+            raise SystemExit(f"{where}: not the same training, no speed.")
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -79,7 +80,8 @@ def main() -> None:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu(), "threads": torch.get_num_threads()}
         path = Path(__file__).parent / "results" / f"{stamp}-cpu"
         path.with_suffix(".json").write_text(json.dumps({"machine": machine, "command": " ".join(sys.argv), "results": results}, indent=1))
-        path.with_suffix(".md").write_text(f"# CPU, {stamp}\n\n{machine}\n\nMedian µs a batch, loader and logging included; (ratio to fasttrain).\n\n{table(results)}\n")
+        heading = f"# CPU, {stamp}\n\n{machine}\n\nMedian µs a batch, loader and logging included; (ratio to fasttrain)."
+        path.with_suffix(".md").write_text(f"{heading}\n\n{table(results)}\n")
 
 
 def _cpu() -> str:

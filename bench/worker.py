@@ -156,10 +156,11 @@ def worker(workload: str, side: str) -> Iterator[Any]:
     """A function that runs one round in a process of its own and returns what it reported."""
     import subprocess
 
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.worker", workload, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    pipe, command = subprocess.PIPE, [sys.executable, "-m", "bench.worker", workload, side]
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
 
     def one_round() -> dict[str, Any]:
         process.stdin.write("go\n")

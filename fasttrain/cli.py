@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(arguments: argparse.Namespace) -> int:
     print(f"fasttrain {__version__} demo: a byte-level GPT on the source of Python's standard library", flush=True)
-    # Threads that wait give their core away sooner: on 2 cores that others use too, a step took 61 ms and not 382.
+    # Threads that wait give their core away sooner: on 2 cores that others use too, a step took 77 ms and not 382.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from fasttrain.demo.run import demo
 

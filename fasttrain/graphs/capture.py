@@ -173,6 +173,8 @@ def _traced(
     try:
         with unheard():
             step.micro_step(batch, 0, first=True, last=True, divisor=1)
+        if any(g.layout is not torch.strided for g in step.gradients().values()):
+            raise CaptureError("a sparse gradient: the captured update takes dense ones")
     except Exception as caught:
         error = caught
     before.restore()

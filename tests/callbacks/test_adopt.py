@@ -117,8 +117,16 @@ def test_everything_else_is_returned_as_it_is() -> None:
         assert adopt(callback) is callback
 
 
+def test_a_hook_with_nothing_to_do_is_not_called() -> None:
+    """A checkpoint by epochs has nothing to do after a batch, adopted or not; one by steps has."""
+    for made in (ModelCheckpoint(), adopt(pl.callbacks.ModelCheckpoint())):
+        assert CallbackList([made]).calls("on_train_batch_end") == ()
+    assert len(CallbackList([ModelCheckpoint(every_n_train_steps=1)]).calls("on_train_batch_end")) == 1
+
+
 def test_adopted_callbacks_are_live_like_ours() -> None:
     """The same hooks are called."""
-    ours, adopted = CallbackList([ModelCheckpoint()]), CallbackList([adopt(pl.callbacks.ModelCheckpoint())])
+    theirs = pl.callbacks.ModelCheckpoint(every_n_train_steps=2)
+    ours, adopted = CallbackList([ModelCheckpoint(every_n_train_steps=2)]), CallbackList([adopt(theirs)])
     for hook in ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_end", "state_dict"):
         assert len(ours.calls(hook)) == len(adopted.calls(hook)) == 1

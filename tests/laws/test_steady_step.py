@@ -86,7 +86,8 @@ def test_few_python_calls() -> None:
         sys.setprofile(None)
     per_batch = len(calls) / 30
     counted = {name: calls.count(name) for name in calls}
-    assert trainer.result is not None and trainer.result.capture.direct, trainer.explain()
+    assert trainer.result is not None
+    assert trainer.result.capture.direct, trainer.explain()
     assert per_batch <= 15, f"{per_batch:.1f} calls a batch: {counted}"
 
 
@@ -142,7 +143,8 @@ def test_eager_is_a_plain_loop(accumulate: int) -> None:
     plain.load_state_dict(ours.state_dict())
     data = loader(12)
     torch.manual_seed(5)
-    fasttrain.compile_fit(ours, max_epochs=2, capture="eager", accumulate_grad_batches=accumulate, gradient_clip_val=0.5, **quiet()).fit(data)
+    options = quiet(max_epochs=2, capture="eager", accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
+    fasttrain.compile_fit(ours, **options).fit(data)
     torch.manual_seed(5)
     plain.log = lambda *args, **kwargs: None  # type: ignore[assignment]
     configured = plain.configure_optimizers()
