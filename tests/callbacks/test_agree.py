@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fasttrain.callbacks.agree import all_ranks, any_rank, from_rank_zero
 from fasttrain.callbacks.early_stopping import EarlyStopping
@@ -38,7 +39,8 @@ def rank(index: int, root: str) -> None:
 
 def test_two_ranks_agree(tmp_path: Path) -> None:
     """Both have the same answers, also the one whose own metric is fine."""
-    mp.start_processes(rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    ranks = [subprocess.Popen([sys.executable, __file__, str(index), str(tmp_path)]) for index in (0, 1)]
+    assert [process.wait(timeout=90) for process in ranks] == [0, 0]
     wanted = [True, False, True, "r0", True, 4]
     assert [json.loads((tmp_path / f"{index}.json").read_text()) for index in (0, 1)] == [wanted, wanted]
 
@@ -48,3 +50,7 @@ def test_one_rank_decides_alone() -> None:
     assert any_rank(True, 1)
     assert not all_ranks(False, 1)
     assert from_rank_zero("mine", 1) == "mine"
+
+
+if __name__ == "__main__":
+    rank(int(sys.argv[1]), sys.argv[2])

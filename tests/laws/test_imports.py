@@ -54,7 +54,8 @@ def test_imports_go_down(path: Path) -> None:
     for module in _imports(path):
         other = module.split(".")[1] if "." in module else "__init__"
         if other in FLOORS:
-            assert FLOORS[other] <= FLOORS[room], f"{path.relative_to(ROOT)} (floor {FLOORS[room]}) imports {module} (floor {FLOORS[other]})"
+            up = f"{path.relative_to(ROOT)} (floor {FLOORS[room]}) imports {module} (floor {FLOORS[other]})"
+            assert FLOORS[other] <= FLOORS[room], up
 
 
 def test_imports_have_no_cycle() -> None:
