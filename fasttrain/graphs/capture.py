@@ -99,7 +99,7 @@ def dry_look(maker: StepMaker, batch: Any) -> None:
         with unheard():
             output, _ = forward(maker.trainable, maker.spec, "train", batch, 0)
         if output is not None:
-            check_loss(output, type(module).__name__, finite=maker.options.nonfinite != "ignore")
+            check_loss(output, type(module).__name__, finite=maker.options.nonfinite == "raise")
     except FasttrainError:
         raise
     except Exception as error:

@@ -80,6 +80,8 @@ def explain(report: CaptureReport) -> str:
             f"  forward + backward: {'one whole graph' if report.whole else f'{report.pieces} pieces'}, "
             f"traced {report.traces} time(s), compiled in {report.compile_s:.1f} s"
         )
+        why = f" ({report.why_guarded})" if report.why_guarded else ""
+        lines.append(f"  steady steps: {'called past the guards' if report.direct else f'guards are evaluated every step{why}'}")
     lines.append(f"  update: {report.tail}")
     if report.timings_us:
         lines.append("  measured: " + ", ".join(f"{k} {v:.0f} us a step" for k, v in report.timings_us.items()))

@@ -285,3 +285,13 @@ def test_nothing_is_written_when_the_loss_is_not_finite() -> None:
         result = fasttrain.compile_fit(module, max_epochs=1, capture=capture, nonfinite="skip", **QUIET).fit(data)
         assert (result.steps, result.ledger.skipped_steps) == (5, 1)
         assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_a_bad_first_batch_is_skipped_when_asked() -> None:
+    """nonfinite="skip" skips a first batch that is not finite, too; "raise" names it before anything compiles."""
+    data = batches([8] * 4)
+    data[0][0][0, 0] = float("inf")
+    result = fasttrain.compile_fit(Net(), max_epochs=1, capture="compile", nonfinite="skip", **QUIET).fit(data)
+    assert (result.steps, result.ledger.skipped_steps) == (3, 1)
+    with pytest.raises(fasttrain.ModuleError, match="first batch"):
+        fasttrain.compile_fit(Net(), max_epochs=1, capture="compile", **QUIET).fit(data)
