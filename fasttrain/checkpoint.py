@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import glob
 import hashlib
 import json
 import math
@@ -101,7 +102,8 @@ def verify(path: Path) -> None:
 
 def newest(roots: list[Path]) -> Path | None:
     """The checkpoint written last below any of ``roots``; damaged ones are passed over."""
-    found = {m.parent for root in roots if root.is_dir() for m in root.rglob(MANIFEST) if not m.parent.name.startswith(".")}
+    found = {m.parent for root in roots if root.is_dir() for m in root.rglob(MANIFEST)}
+    found = {p for p in found if not p.name.startswith(".") or _orphaned(p)}
     for path in sorted(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, reverse=True):
         try:
             verify(path)
@@ -109,6 +111,12 @@ def newest(roots: list[Path]) -> Path | None:
         except CheckpointError:
             continue
     return None
+
+
+def _orphaned(path: Path) -> bool:
+    """A whole checkpoint under its working name, and nothing under its own: the process ended between two renames."""
+    name, _, kind = path.name[1:].rpartition(".")
+    return kind in ("old", "part") and not (path.parent / name.rpartition(".")[0]).exists()
 
 
 def encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
@@ -202,14 +210,13 @@ def _weights(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str
 
 def _swap(part: Path, path: Path) -> None:
     """Put the finished directory in place; an older one of that name is moved aside first and removed after."""
-    old = None
     if path.exists():
-        old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
-        os.replace(path, old)
+        os.replace(path, path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old")
     os.replace(part, path)
     _fsync(path.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.*"):  # ours, and of processes that were killed
+        if left.suffix in (".old", ".part"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

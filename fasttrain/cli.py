@@ -125,7 +125,10 @@ def _made_by(name: str) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1e7:
         raise argparse.ArgumentTypeError(f"got {text}; wanted a number of seconds above 0")
     return value

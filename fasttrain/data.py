@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -46,6 +48,22 @@ class Source:
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
 
+    def _generators(self) -> list[torch.Generator]:
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        parts = (self.loader, getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = [g for p in parts if isinstance(g := getattr(p, "generator", None), torch.Generator)]
+        return list({id(g): g for g in found}.values())
+
+    def streams(self) -> dict[str, Any]:
+        """The states of the loader's own generators, to be saved beside the global random streams."""
+        return {"loader": [g.get_state() for g in self._generators()]}
+
+    def set_streams(self, state: Mapping[str, Any]) -> None:
+        """Put them back; a loader that has others now keeps them."""
+        saved, mine = state.get("loader", []), self._generators()
+        for generator, value in zip(mine, saved, strict=True) if len(saved) == len(mine) else ():
+            generator.set_state(value.to(torch.uint8))
+
     def one_pass(self, skip: int = 0) -> Iterator[Any]:
         """One epoch's batches, in plain iteration's order under the same torch seed, from batch ``skip`` on.
 
@@ -54,7 +72,8 @@ class Source:
         fast = in_memory_tensors(self.loader)  # looked at anew: rows may be exchanged between epochs
         if fast is not None:
             return _gathered(self.loader, fast, skip)
-        iterator = iter(self.loader)
+        with _no_interrupt():
+            iterator = iter(self.loader)
         for _ in range(skip):
             if next(iterator, _END) is _END:
                 break
@@ -74,6 +93,19 @@ class Source:
                     ) from error
                 raise
             yield batch
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Processes started within never hear of ctrl-C, which a terminal sends to all: the run still wants their batches."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _END = object()

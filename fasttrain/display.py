@@ -29,7 +29,8 @@ class Display:
 
     def start(self, facade: TrainerFacade) -> None:
         self._unit = getattr(facade.lightning_module, "progress_unit", self._unit)
-        self._bar.start(Snapshot(stage="train", max_epochs=_epochs(facade), total_batches=_total(facade)))
+        fn = facade.state.fn or "fit"
+        self._bar.start(Snapshot(stage="train" if fn == "fit" else fn, max_epochs=_epochs(facade), total_batches=_total(facade)))
         self.due = math.inf if self._silent else 0.0
         self.restart_clock(facade)
 
@@ -38,8 +39,13 @@ class Display:
         self._mark = (time.perf_counter(), facade.progress.batches_seen)
 
     def back_to_training(self, facade: TrainerFacade, deadline: float) -> None:
-        """After a validation: its line gives way to training's, also where no further batch comes."""
+        """After a validation in mid-epoch: its line gives way to training's. At the epoch's end ``epoch_end`` does that."""
         self.restart_clock(facade)
+        if not self._silent and facade.progress.batches_done != _total(facade):
+            self.train(facade, time.perf_counter(), deadline)
+
+    def epoch_end(self, facade: TrainerFacade, deadline: float) -> None:
+        """The epoch's last word, its own metrics in it: also where no update was due since its first batches."""
         if not self._silent:
             self.train(facade, time.perf_counter(), deadline)
 

@@ -82,6 +82,7 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     ahead = Lookahead(source.one_pass(), limit, source.total)
     foreign = transfer is not None or run.foreign(f"on_{hook}_batch_start", f"on_{hook}_batch_end", f"{hook}_step_end")
     shown = "sanity" if facade.sanity_checking else stage
+    told = (facade.sanity_checking or facade.state.fn != "fit") and display.due != math.inf  # then its end is told too
     batch_idx = -1
     while (batch := ahead()) is not END:
         batch_idx += 1
@@ -105,7 +106,8 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
         if keep:
             yield output
         now = time.perf_counter()
-        if now >= display.due:
+        if now >= display.due or (told and ahead.last):
+            told = True
             display.evaluate(facade, shown, batch_idx + 1, limit, now)
     facade.last_batch_size, facade.dataloader_suffix = 1, ""
 

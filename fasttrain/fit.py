@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from fasttrain.errors import ModuleError, reject
 from fasttrain.evaluate import evaluate, predict
 from fasttrain.graphs.capture import settings
 from fasttrain.graphs.explain import explain
-from fasttrain.loop import fit_loop
+from fasttrain.loop import fit_loop, save_interrupted
 from fasttrain.module import Trainable, attached
 from fasttrain.options import Options, OptionsDict, make_options
 from fasttrain.own_loop import OwnLoop
@@ -68,9 +67,10 @@ class CompiledFit:
 
     def __init__(self, module: nn.Module, options: Options, *, loss: Any, optimizer: Any, lr_scheduler: Any) -> None:
         if not isinstance(module, nn.Module):
-            raise ModuleError(
-                reject("module", f"a {type(module).__name__}", "a torch.nn.Module", "Give the module itself, not its class or its path.")
-            )
+            raise ModuleError(reject("module", _called(module), "a torch.nn.Module", "Give the module itself, not its class or its path."))
+        if loss is not None and (not callable(loss) or isinstance(loss, type)):
+            came = repr(loss) if isinstance(loss, str) else _called(loss)
+            raise ModuleError(reject("loss", came, "a function loss(output, target)", "E.g. loss=torch.nn.functional.cross_entropy."))
         self.options = options
         self.result: FitResult | None = None
         self._trainable = Trainable(module, loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler)
@@ -104,9 +104,8 @@ class CompiledFit:
             fit_loop(run)
             run.ledger.batches = run.facade.progress.batches_seen
             run.ledger.train_s = time.perf_counter() - started - run.ledger.compile_s - run.ledger.validate_s
-            if run.interrupted and run.options.enable_checkpointing:
-                path = run.facade.save_checkpoint(Path(run.facade.log_dir) / "checkpoints" / f"interrupted-step={run.facade.global_step}")
-                run.display.line(f"interrupted: saved {path}; fit(..., ckpt_path='last') goes on from there")
+            if run.interrupted and run.stopped_by != "interrupt":
+                save_interrupted(run)  # it came between batches, when everything else was done
             run.display.stop()
             run.fire("on_fit_end")
             self.result = _result(run)
@@ -138,7 +137,8 @@ class CompiledFit:
         """
         if self._own_step is None:
             self._trainable.check()
-            self._own_step = OwnLoop(make_run(self._trainable, self.options, "fit"))
+            self._run = make_run(self._trainable, self.options, "fit")
+            self._own_step = OwnLoop(self._run)
         return self._own_step(batch)
 
     def explain(self) -> str:
@@ -182,6 +182,11 @@ class CompiledFit:
                 run.fire("on_exception", error)
                 tear_down(run, fn, datamodule, "failed")
                 raise
+
+
+def _called(thing: object) -> str:
+    """What came, for a message."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 @contextmanager

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fasttrain.cadence import epoch_done, steps_done, validation_interval, window_length
 from fasttrain.data import END, Lookahead
@@ -50,6 +53,7 @@ def _epoch(run: Run) -> None:
     assert run.train is not None
     facade.epoch_ended = False
     if not progress.epoch_open:
+        _put_back(run)
         progress.batches_done = progress.window_open = 0
         progress.batch_idx = -1
         run.train.set_epoch(progress.epoch)
@@ -73,7 +77,8 @@ def _open_pass(run: Run) -> Lookahead:
     assert train is not None
     if resume is not None and resume["epoch_rng"] is not None:
         set_rng_state(resume["epoch_rng"])
-    run.epoch_rng = rng_state()
+        train.set_streams(resume["epoch_rng"])
+    run.epoch_rng = rng_state() | train.streams()
     ahead = Lookahead(train.one_pass(progress.batches_done), train.batches, train.total, progress.batches_done)
     _put_back(run)
     return ahead
@@ -82,7 +87,9 @@ def _open_pass(run: Run) -> Lookahead:
 def _put_back(run: Run) -> None:
     """After a resume: the random streams as they were when the checkpoint was written."""
     if run.resume is not None:
+        assert run.train is not None
         set_rng_state(run.resume["rng"])
+        run.train.set_streams(run.resume["rng"])
         run.resume = None
 
 
@@ -95,10 +102,10 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     window, total, batch_idx, divisor = options.window(progress.epoch), train.batches, progress.batches_done - 1, progress.divisor
     interval = _interval(run)
     transfer, loggers, log_every = run.transfer(), facade.loggers, options.log_every_n_steps
-    starts, ends = run.live("on_train_batch_start", "on_batch_start"), run.live("on_train_batch_end", "on_batch_end")
+    starts, ends = run.live("on_train_batch_start", "on_batch_start"), run.live("on_train_batch_end", "on_batch_end", "training_epoch_end")
     foreign = transfer is not None or run.foreign(
         "on_train_batch_start", "on_train_batch_end", "on_batch_start", "on_batch_end", "lr_scheduler_step"
-    )
+    ) or run.reached_between_steps()  # fmt: skip
     by_step = [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau]
     by_epoch = [s for s in run.schedulers if s.interval == "epoch" and not s.reduce_on_plateau]
     plateaus = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]
@@ -121,6 +128,13 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         progress.batch_idx = batch_idx
         if batch is None:
             progress.batches_done += 1
+            if ahead.last and progress.window_open and step is not None:
+                _update(run, step, divisor, batch_idx, by_step)
+                progress.stepping_batches += 1
+            if ahead.last and by_epoch:
+                step_schedulers(run, by_epoch, progress.epoch + 1)
+            if interval is not None and _validation_is_due(run, interval, ahead.last, clock()):
+                _validate(run)
             continue
         if transfer is not None:
             batch = transfer(batch)
@@ -237,6 +251,8 @@ def _batch_end(run: Run, returned: Any, batch: Any, batch_idx: int) -> None:
     run.fire("on_train_batch_end", returned, batch, batch_idx)
     run.fire("on_batch_end")
     progress.phase = ""
+    if "training_epoch_end" in run.trainable.hooks and returned is not None:
+        run.outputs.append({"loss": returned} if isinstance(returned, Tensor) else returned)
 
 
 def _interval(run: Run) -> float | None:
@@ -317,12 +333,22 @@ def _who_stopped(run: Run) -> str:
     return "early_stopping" if getattr(early, "stopped_epoch", 0) else "callback"
 
 
+def save_interrupted(run: Run) -> None:
+    """After ctrl-C: a checkpoint to go on from."""
+    facade = run.facade
+    if run.options.enable_checkpointing:
+        path = facade.save_checkpoint(Path(facade.log_dir) / "checkpoints" / f"interrupted-step={facade.global_step}")
+        run.display.line(f"interrupted: saved {path}; fit(..., ckpt_path='last') goes on from there")
+
+
 def _end_epoch(run: Run) -> None:
     """Epoch hooks and metrics, in Lightning's order: callbacks, the module, early stopping, checkpoints, then plateaus."""
     facade, progress = run.facade, run.facade.progress
     facade.epoch_ended = True
     if progress.phase != "epoch_end":
         progress.phase = "epoch_end"
+        outputs, run.outputs = run.outputs, []
+        run.trainable.call("training_epoch_end", outputs)
         before, after = run.callbacks.split("on_train_epoch_end")
         for call in before:
             call(facade, run.trainable.module)
@@ -330,6 +356,8 @@ def _end_epoch(run: Run) -> None:
         for call in after:
             call(facade, run.trainable.module)
         run.fire("on_epoch_end")
+    if run.interrupted:
+        save_interrupted(run)  # here, where the epoch is still open: whoever resumes goes on within it
     view = facade.train_store.at_step()
     facade.keep(view)
     ended = facade.train_store.at_epoch_end()
@@ -339,5 +367,6 @@ def _end_epoch(run: Run) -> None:
     if run.epoch_complete and plateaus:
         step_schedulers(run, plateaus, progress.epoch + 1)
     facade.send(ended.logged, max(0, progress.stepping_batches - 1))
+    run.display.epoch_end(facade, _deadline(run))
     progress.phase, progress.epoch_open, facade.epoch_ended = "", False, False
     progress.epoch += 1

@@ -119,7 +119,7 @@ class Sink:
     ) -> None:
         """``self.log``: same arguments and defaults as Lightning's."""
         if isinstance(value, Tensor) and not enable_graph:
-            value = value.detach()
+            value = value.detach().clone()  # a weight or a buffer will have moved on when it is read
         logger = True if logger is None else logger
         if self.items is not None:
             on_step = self.on_step_default if on_step is None else on_step
@@ -208,6 +208,17 @@ class Trainable:
                 f"{m} has no configure_optimizers: define it on the module, "
                 "or give compile_fit(..., optimizer=torch.optim.AdamW(module.parameters()))."
             )
+        if self._scheduler is not None and self._optimizer is None:
+            raise ModuleError(
+                f"lr_scheduler: got one without optimizer=, so {m}.configure_optimizers decides. Return the scheduler there, or give both."
+            )
+        if self._loss is not None and overridden(self.module, "training_step"):
+            raise ModuleError(f"loss: got one for {m}, whose training_step returns its own loss. Leave loss out, or training_step.")
+        if not getattr(self.module, "automatic_optimization", True):
+            raise ModuleError(
+                f"{m}.automatic_optimization: got False; wanted True. This version calls backward and the optimizer itself: "
+                "return the loss from training_step and leave manual_backward() and optimizer.step() out."
+            )
         if not self.has("train"):
             raise ModuleError(
                 f"{m} has no training_step: define training_step(self, batch, batch_idx) on the module, "
@@ -217,7 +228,10 @@ class Trainable:
     def _step_for(self, stage: str, name: str) -> Callable[[Any, int, int], Any] | None:
         method = getattr(self.module, name, None)
         if callable(method) and not _is_lightnings(self.module, name):
-            return _adapt_step(method, stage)
+            step = _adapt_step(method, stage)
+            if stage == "train" and "training_step_end" in self.hooks:
+                return lambda batch, batch_idx, dataloader_idx: self.call("training_step_end", step(batch, batch_idx, dataloader_idx))
+            return step
         if stage == "predict":
             return self._predict
         if not overridden(self.module, "training_step") and (self._loss is not None or _is_huggingface(self.module)):
@@ -231,6 +245,10 @@ class Trainable:
         def plain_step(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
             if loss is None:
                 value = (module(**batch) if isinstance(batch, Mapping) else module(*batch)).loss
+                if value is None:
+                    came = f"keys {sorted(batch)}" if isinstance(batch, Mapping) else f"{len(batch)} parts"
+                    raise ModuleError(reject(f"the output of {type(module).__name__}", f"no loss from a batch with {came}",
+                                             "an output whose .loss is set", "Put 'labels' into the batch, or give loss=fn."))  # fmt: skip
             elif takes_module:
                 value = loss(module, batch)
             else:

@@ -44,6 +44,14 @@ RETIRED: Mapping[str, str] = {
     "multiple_trainloader_mode": "one train loader", "reload_dataloaders_every_epoch": "a loader made per epoch",
 }  # fmt: skip
 
+NOT_HERE: Mapping[str, str] = {
+    "benchmark": "Set torch.backends.cudnn.benchmark yourself.", "profiler": "Wrap fit() in torch.profiler.profile.",
+    "barebones": "Give logger=False, enable_checkpointing=False, enable_progress_bar=False.",
+    "reload_dataloaders_every_n_epochs": "Give a loader that draws anew in each __iter__, or has set_epoch(epoch).",
+    "use_distributed_sampler": "It trains on one device: leave it out.", "sync_batchnorm": "It trains on one device: leave it out.",
+    "plugins": "Leave it out.", "model_registry": "Leave it out.", "enable_autolog_hparams": "Leave it out.",
+}  # fmt: skip
+
 
 class OptionsDict(TypedDict, total=False):
     """The keyword arguments of ``compile_fit``; the meanings stand at :class:`Options`."""
@@ -184,6 +192,8 @@ def make_options(given: Mapping[str, Any]) -> Options:
 def _unknown(name: str, known: set[str]) -> str:
     if name in RETIRED:
         return f"option {name!r} is retired: use {RETIRED[name]}."
+    if name in NOT_HERE:
+        return f"option {name!r} is Lightning's and this version does not have it. {NOT_HERE[name]}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]!r}?" if near else "The options are: " + ", ".join(sorted(known)) + "."
     return f"unknown option {name!r}. {hint}"
@@ -299,7 +309,8 @@ def _limit(name: str, value: object) -> int | float:
     if isinstance(value, float) and value > 1.0:
         if value.is_integer():
             return int(value)
-        raise OptionError(reject(name, repr(value), "a float in [0, 1] is a share of the batches", "Give an integer count."))
+        wanted = "a float in [0, 1] (a share of the batches) or an integer (a number of batches)"
+        raise OptionError(reject(name, repr(value), wanted, "1.0 is all."))
     return value
 
 

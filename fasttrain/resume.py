@@ -48,7 +48,7 @@ def _training_state(run: Run) -> dict[str, Any]:
         "lr_schedulers": [c.scheduler.state_dict() for c in run.schedulers],
         "scaler": maker.scaler.state_dict() if maker.scaler else None,
         "callbacks": run.callbacks.state_dict(),
-        "rng": rng_state(),
+        "rng": rng_state() | (run.train.streams() if run.train is not None else {}),
         "epoch_rng": run.epoch_rng,
         "open_gradients": run.step.gradients() if run.step is not None and progress.window_open else None,
         "train_metrics": facade.train_store.state(),

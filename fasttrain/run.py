@@ -19,6 +19,7 @@ from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.graphs.program import StepSpec
 from fasttrain.module import Trainable, to_device
 from fasttrain.options import Options
+from fasttrain.reach import reaches
 from fasttrain.results import CaptureReport, Ledger
 
 OUR_CALLBACKS = "fasttrain.callbacks."
@@ -44,6 +45,7 @@ class Run:
     eval_steps: dict[tuple[str, int], EvalStep] = field(default_factory=dict)  # by stage and loader
     interrupted: bool = False
     stopped_by: str = ""
+    outputs: list[Any] = field(default_factory=list)  # of this epoch, for training_epoch_end alone
     started: float = field(default_factory=time.perf_counter)
     validated_at: float = field(default_factory=time.perf_counter)
     epoch_complete: bool = False  # every batch of the epoch was given
@@ -76,6 +78,16 @@ class Run:
         calls = (c for h in hooks for c in self.calls(h))
         theirs = any(not type(getattr(c, "__self__", c)).__module__.startswith(OUR_CALLBACKS) for c in calls)
         return theirs or any(h in self.trainable.hooks for h in hooks)
+
+    def reached_between_steps(self) -> bool:
+        """Can the loader's or a scheduler's own code get at what is trained?"""
+        module, optimizers = self.trainable.module, self.facade.optimizers
+        targets = [*module.modules(), *module.parameters(), *module.buffers(), *optimizers, self.facade]
+        schedulers = [c.scheduler for c in self.schedulers if c.interval == "step"]
+        if any(not type(s).__module__.startswith("torch.optim.") for s in schedulers):
+            return True
+        lambdas = [getattr(s, "lr_lambdas", None) for s in schedulers]
+        return reaches([None if self.train is None or self.train.road == "tensors" else self.train.loader, lambdas], targets)
 
     def transfer(self, dataloader_idx: int = 0) -> Callable[[Any], Any] | None:
         """What brings a batch to the device; None when it is there already and nobody overrides the way."""

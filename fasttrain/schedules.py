@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fasttrain.errors import ModuleError, reject
+from fasttrain.errors import FasttrainWarning, ModuleError, reject
 from fasttrain.facade import SchedulerConfig
 from fasttrain.run import Run
 
@@ -35,7 +36,14 @@ def parse_optimizers(returned: Any) -> tuple[Optimizer, list[SchedulerConfig]]:
         )
     if not isinstance(optimizers[0], Optimizer) and not hasattr(optimizers[0], "param_groups"):
         raise ModuleError(reject(what, type(optimizers[0]).__name__, FORMS, "Return a torch.optim.Optimizer."))
-    return optimizers[0], [_config(s, monitor) for s in schedulers if s is not None]
+    configs = [_config(s, monitor) for s in schedulers if s is not None]
+    for config in configs:
+        moved = getattr(config.scheduler, "optimizer", optimizers[0])
+        if isinstance(moved, Optimizer) and moved is not optimizers[0]:
+            name = type(config.scheduler).__name__
+            raise ModuleError(reject("lr_scheduler", f"a {name} of another optimizer", "one of the optimizer that is returned",
+                                     f"It would move nothing: build {name}(optimizer, ...) over that optimizer."))  # fmt: skip
+    return optimizers[0], configs
 
 
 def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
@@ -88,6 +96,10 @@ def _split(returned: Any, what: str) -> tuple[list[Any], list[Any], str | None]:
     if isinstance(returned, Mapping):
         if "optimizer" not in returned:
             raise ModuleError(reject(what, f"a dict with keys {sorted(returned)}", FORMS, "Give it the key 'optimizer'."))
+        unknown = sorted(str(k) for k in returned if k not in ("optimizer", "lr_scheduler", "monitor", "frequency"))
+        if unknown:
+            message = f"{what}: got keys {unknown} that nobody reads; wanted 'optimizer', 'lr_scheduler', 'monitor'. Correct the keys."
+            warnings.warn(message, FasttrainWarning, stacklevel=5)
         scheduler = returned.get("lr_scheduler")
         many = list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
         return [returned["optimizer"]], many, returned.get("monitor")

@@ -82,6 +82,8 @@ def device_of(options: Options) -> torch.device:
 
 def set_up(run: Run, fn: str, datamodule: Any) -> None:
     """Folders, ``prepare_data``, ``setup``, the module on its device and in its precision."""
+    if isinstance(datamodule, type):
+        raise DataError(reject("datamodule", f"the class {datamodule.__name__}", "a datamodule", f"Give {datamodule.__name__}()."))
     if fn == "fit":
         _open_loggers(run)
     if hasattr(datamodule, "prepare_data"):
@@ -114,7 +116,7 @@ def prepare_training(run: Run, train: Any, val: Any, datamodule: Any, ckpt_path:
             f"a validation loader was given, but {type(trainable.module).__name__} has no validation_step: nothing is validated. "
             "Define validation_step(self, batch, batch_idx).",
             FasttrainWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
         val = None
     run.val = as_sources(val, name="val_dataloaders", limit=options.limit_val_batches, limit_name="limit_val_batches")
@@ -136,8 +138,9 @@ def prepare_training(run: Run, train: Any, val: Any, datamodule: Any, ckpt_path:
         warnings.warn(
             "neither max_epochs, max_steps nor max_time was given: training runs for 1000 epochs. Give max_epochs=n (-1: no limit).",
             FasttrainWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
+    _log_hyperparams(run)
     run.fire("on_pretrain_routine_end")
 
 
@@ -168,6 +171,9 @@ def evaluation_sources(run: Run, stage: str, loaders: Any, datamodule: Any) -> l
 
 def _loader(run: Run, hook: str, given: Any, datamodule: Any, *, optional: bool = False) -> Any:
     """What was given, else the datamodule's, else the module's own loader."""
+    if isinstance(given, torch.nn.Module):
+        came = f"a module ({type(given).__name__})"
+        raise DataError(reject(hook, came, "a loader", "compile_fit has the module: call fit(train_loader)."))
     if given is not None and hasattr(given, "train_dataloader") and hasattr(given, "setup"):
         raise DataError(reject(hook, type(given).__name__, "a loader", "A datamodule goes in as fit(datamodule=dm)."))
     if given is not None and datamodule is not None:
@@ -198,7 +204,7 @@ def _train_source(run: Run, loader: Any) -> Source:
             collate_fn=loader.collate_fn,
             drop_last=loader.drop_last,
         )
-        warnings.warn("overfit_batches turns shuffling of the training loader off.", FasttrainWarning, stacklevel=5)
+        warnings.warn("overfit_batches turns shuffling of the training loader off.", FasttrainWarning, stacklevel=4)
     if isinstance(loader, (list, tuple)) and loader and all(isinstance(x, DataLoader) for x in loader):
         raise DataError(
             reject("train_dataloaders", f"{len(loader)} loaders", "one loader", "Combine the datasets, e.g. with ConcatDataset.")
@@ -212,8 +218,12 @@ def _open_loggers(run: Run) -> None:
         _check_writable(options.default_root_dir)
     facade.loggers = make_loggers(options.logger, options.default_root_dir)
     facade.log_dir = str(getattr(facade.logger, "log_dir", None) or options.default_root_dir)
+
+
+def _log_hyperparams(run: Run) -> None:
+    """The module's ``hparams``, to every logger that wants them; only once the input is known to be good."""
     params = getattr(run.trainable.module, "hparams", None)
-    for logger in facade.loggers:
+    for logger in run.facade.loggers:
         if params and callable(getattr(logger, "log_hyperparams", None)):
             logger.log_hyperparams(dict(params))
 
@@ -239,7 +249,7 @@ def _check_writable(root: Path) -> None:
 def tear_down(run: Run, fn: str, datamodule: Any, status: str) -> None:
     """Hooks and loggers put away, after success and after failure."""
     run.fire("teardown", fn)
-    if hasattr(datamodule, "teardown"):
+    if hasattr(datamodule, "teardown") and not isinstance(datamodule, type):
         datamodule.teardown(fn)
     for logger in run.facade.loggers:
         for name, arguments in (("save", ()), ("finalize", (status,))):

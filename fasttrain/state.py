@@ -69,10 +69,11 @@ class Snapshot:
         self._module = module
         self._tensors = [(t, t.detach().clone()) for t in _tensors(module)]
         self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
-        self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in (*module.modules(), *_helpers(module))]
+        holders: list[Any] = [*module.modules(), *_helpers(module), *(optimizers or [])]
+        self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in holders]
         self._modes = [(m, m.training) for m in module.modules()]
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers or []]
-        self._groups = [(g, {k: v for k, v in g.items() if k != "params"}) for o in optimizers or [] for g in o.param_groups]
+        self._groups = [(g, {k: (v, _kept(v)) for k, v in g.items() if k != "params"}) for o in optimizers or [] for g in o.param_groups]
         self._registered: list[tuple[Any, dict[str, Any]]] = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers)]
         self._streams = [(s, _stream_state(s)) for m in module.modules() for s in m.__dict__.values() if _is_stream(s)]
         self._rng = rng_state()
@@ -102,7 +103,7 @@ class Snapshot:
             for p, saved in slots.items():
                 _restore_slots(optimizer.state[p], saved)
         for group, values in self._groups:
-            group.update(values)
+            group.update({k: _put_back(v, kept) for k, (v, kept) in values.items()})
         set_rng_state(self._rng)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -116,7 +117,7 @@ class Snapshot:
         names: dict[Tensor, str] = {p: n for n, p in self._module.named_parameters()}
         out = {n: kept[id(p)] for p, n in names.items()}
         for _, slots in self._slots:
-            out |= {f"{names.get(p, '?')}.{k}": v for p, s in slots.items() for k, v in s.items() if isinstance(v, Tensor)}
+            out |= {f"{names.get(p, '?')}.{k}": v for p, s in slots.items() for k, (_, v) in s.items() if isinstance(v, Tensor)}
         return out
 
 
@@ -154,47 +155,74 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _copy_slots(slots: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in slots.items()}
+def _copy_slots(slots: Any) -> dict[str, Any]:
+    return {k: (v, _kept(v)) for k, v in slots.items()} if isinstance(slots, dict) else {}
 
 
 def _restore_slots(live: dict[str, Any], saved: Mapping[str, Any]) -> None:
     for k in [k for k in live if k not in saved]:
         del live[k]
-    for k, v in saved.items():
-        if isinstance(v, Tensor) and isinstance(live.get(k), Tensor):
-            live[k].copy_(v)
+    for k, (value, kept) in saved.items():
+        if isinstance(value, Tensor) and isinstance(live.get(k), Tensor):
+            live[k].copy_(kept)
         else:
-            live[k] = v
+            live[k] = _put_back(value, kept)
 
 
 _COPIED = (list, dict, set, collections.deque)
-_SKIPPED = ("_parameters", "_buffers", "_modules", "_trainer", "trainer", "training")
+MOST_NESTED = 4096  # a longer container is data: its elements are kept, not what they hold
+_SKIPPED = ("_parameters", "_buffers", "_modules", "_trainer", "trainer", "training", "param_groups", "state")
 
 
 def _plain_attributes(module: Any) -> dict[str, Any]:
-    """Counters, flags, lists and loose tensors a step may change; containers are copied one level deep."""
+    """Counters, flags, containers, arrays and loose tensors a step may change, whatever they are nested in."""
     out: dict[str, Any] = {}
     for name, value in module.__dict__.items():
         if name in _SKIPPED or "hooks" in name:
             continue
-        if isinstance(value, Tensor):
-            out[name] = (value, value.detach().clone())
-        elif type(value) in _COPIED:
-            out[name] = (value, value.copy())
-        elif isinstance(value, (int, float, str, bool, tuple, type(None))):
-            out[name] = (value, value)
+        if isinstance(value, (*_COPIED, Tensor, int, float, str, bool, tuple, type(None))) or _is_array(value):
+            out[name] = (value, _kept(value))
     return out
 
 
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+
+
+def _kept(value: Any, depth: int = 0) -> Any:
+    """What ``_put_back`` needs to make ``value`` again what it is now: its elements, each with what it holds."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    within = depth < 6 and not (isinstance(value, _COPIED) and len(value) > MOST_NESTED)
+    if isinstance(value, dict):
+        return [(k, v, _kept(v, depth + 1) if within else None) for k, v in value.items()]
+    if isinstance(value, (list, tuple, collections.deque)):
+        return [(None, v, _kept(v, depth + 1) if within else None) for v in value]
+    return value.copy() if isinstance(value, set) or _is_array(value) else None
+
+
+def _put_back(value: Any, kept: Any) -> Any:
+    if kept is None:
+        return value
+    if isinstance(value, Tensor):
+        value.copy_(kept)
+    elif isinstance(value, dict):
+        value.clear()  # not update(): a Counter's adds
+        for k, v, inner in kept:
+            value[k] = _put_back(v, inner)
+    elif isinstance(value, (list, tuple, collections.deque)):
+        elements = [_put_back(v, inner) for _, v, inner in kept]
+        if not isinstance(value, tuple):
+            value.clear()
+            value.extend(elements)
+    elif isinstance(value, set):
+        value.clear()
+        value.update(kept)
+    elif _is_array(value):
+        value[...] = kept
+    return value
+
+
 def _restore_attributes(module: Any, saved: Mapping[str, Any]) -> None:
-    for name, (value, copied) in saved.items():
-        if isinstance(value, Tensor):
-            value.copy_(copied)
-        elif isinstance(value, (list, collections.deque)):
-            value.clear()
-            value.extend(copied)
-        elif isinstance(value, (dict, set)):
-            value.clear()
-            value.update(copied)
-        module.__dict__[name] = value
+    for name, (value, kept) in saved.items():
+        module.__dict__[name] = _put_back(value, kept)

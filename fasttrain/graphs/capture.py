@@ -18,7 +18,7 @@ from torch import Tensor
 from fasttrain.errors import CaptureError, DataError, FasttrainError
 from fasttrain.graphs import decisions
 from fasttrain.graphs.compile import CompileStep
-from fasttrain.graphs.contract import describe
+from fasttrain.graphs.contract import copied, describe
 from fasttrain.graphs.eager import EagerStep, Fire
 from fasttrain.graphs.explain import hook_obstacles, obstacle_from
 from fasttrain.graphs.program import StepOutput, StepSpec, check_loss, forward
@@ -97,7 +97,7 @@ def dry_look(maker: StepMaker, batch: Any) -> None:
     before = maker.snapshot()
     try:
         with unheard():
-            output, _ = forward(maker.trainable, maker.spec, "train", batch, 0)
+            output, _ = forward(maker.trainable, maker.spec, "train", copied(batch), 0)
         if output is not None:
             check_loss(output, type(module).__name__, finite=maker.options.nonfinite == "raise")
     except FasttrainError:
@@ -172,7 +172,7 @@ def _traced(
     error: Exception | None = None
     try:
         with unheard():
-            step.micro_step(batch, 0, first=True, last=True, divisor=1)
+            step.micro_step(copied(batch), 0, first=True, last=True, divisor=1)
         if any(g.layout is not torch.strided for g in step.gradients().values()):
             raise CaptureError("a sparse gradient: the captured update takes dense ones")
     except Exception as caught:
@@ -313,8 +313,9 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
     best, end = float("inf"), time.perf_counter() + budget_s
     with unheard():
         for i in range(20):
+            given = copied(batch)
             started = time.perf_counter()
-            step.micro_step(batch, i, first=True, last=True, divisor=1)
+            step.micro_step(given, i, first=True, last=True, divisor=1)
             if not step.takes_closure:
                 step.update_step(1.0)
             if maker.spec.device.type == "cuda":

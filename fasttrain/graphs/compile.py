@@ -123,7 +123,7 @@ class CompileStep:
         """(Re)build what depends on which parameters train."""
         self.params = trainable_params(self._optimizer)
         self._micro_step = make_micro_step(self._trainable, self._spec, self.params)
-        self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler)
+        self._bind_tail()
         self._traced_before = self.traces
         self._traces, self._plan = {}, None
         self._seen.clear()
@@ -218,7 +218,15 @@ class CompileStep:
                 self._grads = [by_id.get(id(p)) for p in self.params]
         if self._plan is not None and self._plan.moved():
             self._plan.entry.run, self._plan = self._plan.entry.compiled, None
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params):
+            self._failed, self._plan = True, None  # only op by op are they called
+        if _has_step_hooks(self._optimizer) != self._step_hooks:
+            self._bind_tail()
         self.tail.refresh()
+
+    def _bind_tail(self) -> None:
+        self._step_hooks = _has_step_hooks(self._optimizer)
+        self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler)
 
     def _accumulate(self, out: StepOutput) -> None:
         assert out.grads is not None
@@ -230,3 +238,7 @@ class CompileStep:
         ]
         if out.loss is not None:
             self._bad = out.loss if self._bad is None else self._bad + out.loss
+
+
+def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return any(getattr(optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"))

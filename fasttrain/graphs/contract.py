@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Leaf = tuple[tuple[int, ...], tuple[int, ...], Any, bool]  # shape, stride, dtype, requires_grad
 Key = tuple[Any, ...]
@@ -31,6 +33,46 @@ def _walk(node: Any, found: list[Tensor]) -> bool:
     if is_dataclass(node):
         return all(_walk(getattr(node, f.name), found) for f in fields(node))
     return False
+
+
+def copied(batch: Any) -> Any:
+    """A batch of its own to look at: containers anew and tensors cloned, the same object twice again the same object."""
+    return _copied(batch, {})
+
+
+def _copied(node: Any, made: dict[int, Any]) -> Any:
+    if id(node) in made:
+        return made[id(node)]
+    if isinstance(node, Tensor):
+        new: Any = _cloned(node)
+    elif isinstance(node, tuple):
+        parts = [_copied(v, made) for v in node]
+        new = type(node)(*parts) if hasattr(node, "_fields") else tuple(parts) if type(node) is tuple else node
+    elif isinstance(node, (Mapping, list)) or (hasattr(node, "__dict__") and not isinstance(node, nn.Module)):
+        try:
+            new = copy.copy(node)
+            if new is not node and isinstance(node, (list, MutableMapping)):
+                for k in node if isinstance(node, Mapping) else range(len(node)):
+                    new[k] = _copied(node[k], made)
+            elif new is not node:
+                for name, value in vars(node).items():
+                    object.__setattr__(new, name, _copied(value, made))
+        except Exception:  # a container that cannot be copied is looked at as it is
+            new = node
+    else:
+        new = node
+    made[id(node)] = new
+    return new
+
+
+def _cloned(t: Tensor) -> Tensor:
+    """With the same strides; as it is where it cannot be written to, or where a clone would lose what it is."""
+    if type(t) is not Tensor or t.layout is not torch.strided or 0 in t.stride() or t.is_neg() or t.is_conj():
+        return t
+    new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    new.copy_(t.detach()).requires_grad_(t.requires_grad)
+    new.__dict__.update(t.__dict__)
+    return new
 
 
 def reader_for(batch: Any) -> Callable[[Any], Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import traceback
 from collections.abc import Iterable
 
@@ -13,24 +12,29 @@ from torch import nn
 from fasttrain.results import CaptureReport, Obstacle
 
 ADVICE = (
-    (r"\.item\(\)|Tensor\.item|scalar_tensor|_local_scalar_dense", "Log the tensor itself; it is read later, off the step."),
     (r"[Dd]ata.dependent", "A Python branch on a tensor's value: use torch.where, or move the check out of training_step."),
-    (r"print|builtin.*print", "Move the print to on_train_batch_end."),
-    (r"numpy|pandas", "Move the lookup into the dataset."),
-    (r"RNN|LSTM|GRU", "Recurrent cuDNN-style modules are not traced yet."),
+    (r"\.item\(\)|Tensor\.item|scalar_tensor|_local_scalar_dense", "Log the tensor itself; it is read later, off the step."),
+    (r"RNN|LSTM|GRU", "torch.nn's recurrent layers are not traced yet."),
     (r"torchmetrics|Metric", "Update metrics in on_train_batch_end, or log the tensor and let self.log take the mean."),
+    (r"operator `print`", "Move the print to on_train_batch_end."),
+    (r"logging|Logger", "Move the message out of the step, e.g. to on_train_batch_end."),
+    (r"numpy|pandas", "Move the lookup into the dataset."),
 )
 
 
 def obstacle_from(error: BaseException) -> Obstacle:
     """One obstacle out of a tracing error: the first sentence, the user's file and line, and what to change."""
-    text = _first_line(str(error)) or type(error).__name__
-    advice = next((a for pattern, a in ADVICE if re.search(pattern, str(error))), "")
-    return Obstacle(reason=text, where=_where(error), advice=advice)
+    inner = getattr(error, "inner_exception", None)  # what our own backend said, not that a backend raised
+    said = str(inner or error)
+    text = _first_line(said) or type(error).__name__
+    advice = next((a for pattern, a in ADVICE if re.search(pattern, said)), "")
+    return Obstacle(reason=text.rstrip(".") + ".", where=_where(error), advice=advice)
 
 
 def _first_line(text: str) -> str:
     """Dynamo's own one-sentence reason, without its developer notes."""
+    if "data-dependent expression" in text:
+        return "a branch on a value that only the data decides"
     explanation = re.search(r"Explanation: (.+)", text)
     first = text.strip().splitlines()[0] if text.strip() else ""
     return f"{first} ({explanation.group(1).strip()})" if explanation else first
@@ -94,8 +98,3 @@ def explain(report: CaptureReport) -> str:
 def one_line(report: CaptureReport) -> str:
     """The line a run starts with."""
     return f"rung: {report.rung} ({report.why}); update: {report.tail}; {report.threads} thread(s)"
-
-
-def say(text: str) -> None:
-    """One line to stderr, for the moments before a progress display exists."""
-    print(f"fasttrain: {text}", file=sys.stderr, flush=True)

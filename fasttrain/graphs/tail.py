@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -81,7 +81,7 @@ class StockTail:
     def step(self, grads: Sequence[Tensor | None] | None, rescale: float, loss: Tensor | None) -> bool:
         """``grads`` None: autograd has filled ``p.grad``. Host reads: the finite test, where one is asked for."""
         if grads is not None:
-            for p, g in zip(self._params, grads, strict=True):
+            for p, g in zip(self._params, _apart(grads), strict=True):
                 p.grad = g
         if not self.prepare(rescale, loss):
             return False
@@ -120,6 +120,17 @@ class StockTail:
 
     def refresh(self) -> None:
         pass
+
+
+def _apart(grads: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Gradients that may be written in place: a graph gives equal ones back as one tensor, and constant ones expanded."""
+    seen: set[int] = set()
+    for g in grads:
+        if g is not None and g.numel() and g.layout is torch.strided:
+            if g.data_ptr() in seen or 0 in g.stride():
+                g = g.clone(memory_format=torch.contiguous_format)
+            seen.add(g.data_ptr())
+        yield g
 
 
 class LossScale:

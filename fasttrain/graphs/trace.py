@@ -60,7 +60,11 @@ class Trace:
         entry.run = entry.compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 
         def recorded(*args: Any) -> Any:
+            versions = [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
             outs = entry.run(*args)
+            entry.written = {
+                id(a) for a, v in zip(args, versions, strict=True) if isinstance(a, Tensor) and not a.is_inference() and a._version != v
+            }
             entry.args, entry.outs, self.entry = args, outs, entry
             return outs
 
@@ -88,6 +92,7 @@ class _Entry:
         self.args: Sequence[Any] = ()
         self.outs: Sequence[Any] = ()
         self.pure = False
+        self.written: set[int] = set()  # the arguments its last call wrote into
         self.why_not = ""
 
     def inspect(self, sink: object) -> None:
@@ -143,8 +148,12 @@ class Plan:
         leaves = tensors_of(batch)
         if leaves is None or len({id(t) for t in leaves}) != len(leaves):
             raise LookupError("the batch is not made of distinct tensors alone")
+        if any(t.__dict__ for t in leaves) or (isinstance(batch, (list, tuple, dict)) and getattr(batch, "__dict__", None)):
+            raise LookupError("the batch carries attributes of its own")
         if raw.returned is not None:
             raise LookupError("somebody reads what the step returns")
+        if entry.written & {id(t) for t in leaves}:
+            raise LookupError("the step writes into its batch: only the guards see which of its tensors share memory")
         if not entry.pure:
             raise LookupError(entry.why_not)
         if not all(isinstance(a, Tensor) for a in entry.args):
@@ -190,7 +199,9 @@ class Plan:
         if len(leaves) != len(self.contract):
             return None
         for t, (shape, stride, dtype) in zip(leaves, self.contract):  # noqa: B905 - lengths were just compared
-            if t.shape != shape or t.dtype is not dtype or t.stride() != stride or t.requires_grad:
+            if not isinstance(t, Tensor) or t.dtype is not dtype or t.shape != shape or t.stride() != stride or t.requires_grad:
+                return None
+            if t.is_neg() or t.is_conj():  # bits that the code generated for this batch would not see
                 return None
         args = self.args
         for i, j in self.slots:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.graphs.compile import CompileStep
+from fasttrain.graphs.contract import copied
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.program import MIXED_DTYPES, StepOutput, StepSpec
 from fasttrain.graphs.tail import StockTail
@@ -55,14 +56,14 @@ class VerifiedStep:
         """The captured micro-step and the same one traced by nobody, compared in loss, gradients, logged values and buffers."""
         if self.active is not self._step:
             return self.active.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
-        before = self._snapshot()
+        before, same = self._snapshot(), copied(batch)
         held = self._step.held()
         out = self._step.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
         after, got = self._snapshot(), self._step.gradients()
         buffers = after.buffers()
         before.restore()
         self._step.hold(held)
-        truth = self._step.untraced(batch, batch_idx, first=first, divisor=divisor)
+        truth = self._step.untraced(same, batch_idx, first=first, divisor=divisor)
         wanted, true_buffers = self._step.gradients(), self._snapshot().buffers()
         # A gradient that is zero but for cancellation is noise of the size of its neighbours.
         largest = max(map(_largest, wanted.values()), default=0.0)
