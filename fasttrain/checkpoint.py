@@ -91,7 +91,8 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"ckpt_path {path}: {what}. Give 'last', 'best' or a checkpoint directory.")
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-        for name, said in files.items():
+        for name in (MODEL, STATE, TREE):
+            said = files[name]
             if (path / name).stat().st_size != said["bytes"] or _digest(path / name) != said["sha256"]:
                 raise CheckpointError(
                     f"checkpoint {path}: {name} is damaged (its checksum is not the manifest's). Use an older checkpoint."

@@ -80,7 +80,11 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     starts, ends = run.live(f"on_{hook}_batch_start"), run.live(f"on_{hook}_batch_end")
     keep = stage == "predict" or f"{hook}_epoch_end" in trainable.hooks
     ahead = Lookahead(source.one_pass(), limit, source.total)
-    foreign = transfer is not None or run.foreign(f"on_{hook}_batch_start", f"on_{hook}_batch_end", f"{hook}_step_end")
+    foreign = (
+        transfer is not None
+        or run.foreign(f"on_{hook}_batch_start", f"on_{hook}_batch_end", f"{hook}_step_end")
+        or (eval_step.traced and run.reached_between_steps(source))
+    )
     shown = "sanity" if facade.sanity_checking else stage
     told = (facade.sanity_checking or facade.state.fn != "fit") and display.due != math.inf  # then its end is told too
     batch_idx = -1

@@ -105,7 +105,7 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     starts, ends = run.live("on_train_batch_start", "on_batch_start"), run.live("on_train_batch_end", "on_batch_end", "training_epoch_end")
     foreign = transfer is not None or run.foreign(
         "on_train_batch_start", "on_train_batch_end", "on_batch_start", "on_batch_end", "lr_scheduler_step"
-    ) or run.reached_between_steps()  # fmt: skip
+    ) or run.reached_between_steps(train)  # fmt: skip
     by_step = [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau]
     by_epoch = [s for s in run.schedulers if s.interval == "epoch" and not s.reduce_on_plateau]
     plateaus = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fasttrain.errors import NonFiniteError
+from fasttrain.errors import ModuleError, NonFiniteError, reject
 from fasttrain.graphs.capture import Step, capture_step, dry_look
 from fasttrain.module import attached
 from fasttrain.run import Run
@@ -39,14 +39,17 @@ class OwnLoop:
                 self._step, run.report = capture_step(run.maker, batch, math.inf)
                 run.step = self._step
             window = run.options.window(0)
+            first, last = progress.window_open == 0, progress.window_open + 1 >= window
+            self._step.refresh()  # the caller's code ran since the last step
+            out = self._step.micro_step(batch, progress.batch_idx + 1, first=first, last=last, divisor=window)
             progress.batch_idx += 1
             progress.window_open += 1
-            last = progress.window_open >= window
-            self._step.refresh()  # the caller's code ran since the last step
-            out = self._step.micro_step(batch, progress.batch_idx, first=progress.window_open == 1, last=last, divisor=window)
             if last:
                 self._update(self._step)
-        assert out.loss is not None
+        if out.loss is None:
+            raise ModuleError(
+                reject("what training_step returned to trainer.step", None, "a loss", "Leave such batches out of your own loop.")
+            )
         return out.loss.clone()
 
     def _update(self, step: Step) -> None:

@@ -79,15 +79,15 @@ class Run:
         theirs = any(not type(getattr(c, "__self__", c)).__module__.startswith(OUR_CALLBACKS) for c in calls)
         return theirs or any(h in self.trainable.hooks for h in hooks)
 
-    def reached_between_steps(self) -> bool:
-        """Can the loader's or a scheduler's own code get at what is trained?"""
+    def reached_between_steps(self, source: Source | None) -> bool:
+        """Can this loader's or a scheduler's own code get at what is trained?"""
         module, optimizers = self.trainable.module, self.facade.optimizers
         targets = [*module.modules(), *module.parameters(), *module.buffers(), *optimizers, self.facade]
         schedulers = [c.scheduler for c in self.schedulers if c.interval == "step"]
         if any(not type(s).__module__.startswith("torch.optim.") for s in schedulers):
             return True
         lambdas = [getattr(s, "lr_lambdas", None) for s in schedulers]
-        return reaches([None if self.train is None or self.train.road == "tensors" else self.train.loader, lambdas], targets)
+        return reaches([None if source is None or source.road == "tensors" else source.loader, lambdas], targets)
 
     def transfer(self, dataloader_idx: int = 0) -> Callable[[Any], Any] | None:
         """What brings a batch to the device; None when it is there already and nobody overrides the way."""

@@ -203,6 +203,10 @@ def _train_source(run: Run, loader: Any) -> Source:
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             drop_last=loader.drop_last,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            generator=loader.generator,
+            multiprocessing_context=loader.multiprocessing_context,
         )
         warnings.warn("overfit_batches turns shuffling of the training loader off.", FasttrainWarning, stacklevel=4)
     if isinstance(loader, (list, tuple)) and loader and all(isinstance(x, DataLoader) for x in loader):

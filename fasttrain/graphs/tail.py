@@ -55,7 +55,8 @@ class FusedTail:
         skipped = self._native.step(
             grads, max_norm=self._max_norm, clip_value=self._clip_value,
             grad_scale=rescale if scaler is None else rescale / scaler.value,
-            loss=loss, check=self._check,
+            # The loss scale goes by the gradients alone, as torch's does.
+            loss=loss if scaler is None else None, check=self._check,
         )  # fmt: skip
         if scaler is not None:
             scaler.update(found_inf=bool(skipped))
@@ -105,7 +106,7 @@ class StockTail:
                 return False
         if self.before_step is not None:
             self.before_step()
-        if options.nonfinite != "ignore" and loss is not None and not bool(torch.isfinite(loss)):
+        if options.nonfinite != "ignore" and scaler is None and loss is not None and not bool(torch.isfinite(loss)):
             return False
         if self.clip is not None:
             self.clip()
