@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any
 
@@ -33,9 +34,10 @@ def live_bytes() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, nn.Parameter) and thing.layout == torch.strided and type(thing).__module__.startswith("torch"):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        if type(thing) in (torch.Tensor, nn.Parameter) and thing.layout == torch.strided:
+            with contextlib.suppress(RuntimeError):  # a tracer's wrapper that has no storage
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
