@@ -79,7 +79,9 @@ def main() -> None:
         stamp = datetime.date.today().isoformat()
         machine = {"torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu(), "threads": torch.get_num_threads()}
         path = Path(__file__).parent / "results" / f"{stamp}-cpu"
-        path.with_suffix(".json").write_text(json.dumps({"machine": machine, "command": " ".join(["python -m bench.compare", *sys.argv[1:]]), "results": results}, indent=1))
+        command = " ".join(["python -m bench.compare", *sys.argv[1:]])
+        kept = {"machine": machine, "command": command, "results": results}
+        path.with_suffix(".json").write_text(json.dumps(kept, indent=1))
         heading = f"# CPU, {stamp}\n\n{machine}\n\nMedian µs a batch, loader and logging included; (ratio to fasttrain)."
         path.with_suffix(".md").write_text(f"{heading}\n\n{table(results)}\n")
 
