@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Child processes import the package that is installed, as these tests do, not the tree they happen to start in.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 torch.set_num_threads(1)
 
