@@ -164,6 +164,7 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
             _batch_end(run, out.returned, batch, batch_idx)
         if last and loggers and log_every and (progress.stepping_batches + 1) % log_every == 0:
             facade.send(store.at_step().logged, progress.stepping_batches)
+            step.refresh()  # a logger may be anybody's code
         now = clock()
         if now >= display.due:
             display.train(facade, now, deadline)

@@ -287,6 +287,36 @@ def test_nothing_is_written_when_the_loss_is_not_finite() -> None:
         assert all(p.isfinite().all() for p in module.parameters())
 
 
+def test_a_logger_that_changes_the_module() -> None:
+    """Code in somebody's logger may freeze a layer in mid-epoch: the next step sees it, captured as eagerly."""
+
+    class Freezes:
+        module: Net | None = None
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            assert self.module is not None
+            self.module.scale = 0.0
+
+    class Scaled(Net):
+        scale = 1.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) * self.scale
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    runs = []
+    for capture in ("eager", "compile"):
+        torch.manual_seed(1)
+        module, logger = Scaled(), Freezes()
+        logger.module = module
+        options = {**QUIET, "logger": logger, "log_every_n_steps": 4}
+        fasttrain.compile_fit(module, max_epochs=1, capture=capture, **options).fit(batches([8] * 10))
+        runs.append(module)
+    same(*runs)
+
+
 def test_a_bad_first_batch_is_skipped_when_asked() -> None:
     """nonfinite="skip" skips a first batch that is not finite, too; "raise" names it before anything compiles."""
     data = batches([8] * 4)
