@@ -104,9 +104,7 @@ class CompileStep:
         """The same micro-step run op by op: what the traced one is compared with."""
         self._divisor.fill_(divisor)
         with self._spec.default_dtype():
-            raw = self._micro_step(
-                batch, batch_idx, self._divisor if self._accumulates else None, None if self._scaler is None else self._scaler.tensor
-            )
+            raw = self._micro_step(*self._arguments(batch, batch_idx))
         out = StepOutput(raw.loss, *keys_and_values(raw.items), raw.returned, raw.grads)
         if first:
             self._grads, self._bad = out.grads, out.loss
@@ -129,13 +127,18 @@ class CompileStep:
         self._seen.clear()
         self._static_keys.clear()
 
+    def _arguments(self, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+        """What the micro-step takes; the divisor and the loss scale are tensors whose value changes in place."""
+        divisor = self._divisor if self._accumulates else None
+        return (batch, batch_idx, divisor, None if self._scaler is None else self._scaler.tensor)
+
     def _guarded(self, batch: Any, batch_idx: int) -> StepOutput:
         if self._dirty:
             self._dirty = False
             self._recheck()
         key = key_of(batch)
         self._seen[key] += 1
-        args = (batch, batch_idx, self._divisor if self._accumulates else None, None if self._scaler is None else self._scaler.tensor)
+        args = self._arguments(batch, batch_idx)
         trace = self._trace_for(key)
         raw = self._traced(trace, args) if trace is not None else None
         if raw is None or trace is None:

@@ -18,7 +18,7 @@ class EvalStep:
     """``step(batch, batch_idx, dataloader_idx) -> (output, keys, values, batch_size)`` of one stage."""
 
     def __init__(self, trainable: Trainable, spec: StepSpec, stage: str, *, keep: bool, suffix: str) -> None:
-        self._trainable, self._spec, self._keep, self._suffix = trainable, spec, keep, suffix
+        self._trainable, self._spec, self._suffix = trainable, spec, suffix
         self._function = make_eval_step(trainable, spec, stage, keep=keep)
         self._trace: Trace | None = None
         self._key: Key | None = None

@@ -16,8 +16,6 @@ from fasttrain.options import Options
 class Tail(Protocol):
     """Consumes the window's gradients. ``step`` says whether the weights moved."""
 
-    name: str
-
     def step(self, grads: Sequence[Tensor | None], rescale: float, loss: Tensor | None) -> bool: ...
 
     def refresh(self) -> None: ...
@@ -35,8 +33,6 @@ def trainable_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 class FusedTail:
     """Native kernels over the optimizer's own state; the CPU knows at once whether the step was taken."""
-
-    name = "fused native"
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None
@@ -69,8 +65,6 @@ class FusedTail:
 
 class StockTail:
     """Torch's own unscale, clip and ``optimizer.step``, as a plain loop would write them."""
-
-    name = "torch"
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None
