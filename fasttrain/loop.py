@@ -223,8 +223,8 @@ def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[An
     progress = run.facade.progress
     stepped = step.update_step(1.0 if progress.window_open == divisor else divisor / progress.window_open)
     progress.window_open = 0
-    if stepped:
-        progress.global_step += 1
+    if stepped > 0:
+        progress.global_step += stepped
         if by_step:
             step_schedulers(run, by_step, progress.global_step)
     elif run.options.nonfinite == "raise" and run.maker is not None and run.maker.scaler is None:
@@ -236,7 +236,7 @@ def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[An
         )
     else:
         run.ledger.skipped_steps += 1
-    return stepped
+    return stepped > 0
 
 
 def _batch_start(run: Run, batch: Any, batch_idx: int) -> Any:

@@ -56,8 +56,8 @@ class OwnLoop:
         run, progress = self._run, self._run.facade.progress
         stepped = step.update_step(1.0)
         progress.window_open = 0
-        if stepped:
-            progress.global_step += 1
+        if stepped > 0:
+            progress.global_step += stepped
             step_schedulers(run, [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau], progress.global_step)
         elif run.options.nonfinite == "raise" and run.maker is not None and run.maker.scaler is None:
             raise NonFiniteError(f"step {progress.global_step}: the loss or a gradient is not finite; the weights are as before it.")

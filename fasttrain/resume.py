@@ -166,5 +166,5 @@ def complete_report(run: Run) -> None:
     step = step.active if isinstance(step, VerifiedStep) else step
     if isinstance(step, CompileStep):
         report.traces, report.compile_s = step.traces, step.compile_s
-        report.direct, report.why_guarded = step.direct, step.why_guarded
+        report.direct, report.why_guarded = step.call.direct, step.call.why_guarded
         report.obstacles += [o for o in step.obstacles if o not in report.obstacles]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.errors import ModuleError
-from fasttrain.graphs.program import StepOutput, StepSpec, detached, forward, keys_and_values
+from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, forward, keys_and_values
 from fasttrain.graphs.tail import LossScale, StockTail
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options
@@ -67,10 +67,10 @@ class EagerStep:
                               "or optimizer_closure() yourself when you skip the step.")  # fmt: skip
         return outputs[0]
 
-    def update_step(self, rescale: float) -> bool:
-        """Unscale, clip and update; False when the step was skipped as non-finite."""
+    def update_step(self, rescale: float) -> int:
+        """Unscale, clip and update: 1, or REFUSED when the step was skipped as non-finite."""
         bad, self._bad = self._bad, None
-        return self._stepped if self.takes_closure else self.tail.step(None, rescale, bad)
+        return 1 if (self._stepped if self.takes_closure else self.tail.step(None, rescale, bad)) else REFUSED
 
     def refresh(self) -> None:
         """Nothing is kept that user code could have changed."""

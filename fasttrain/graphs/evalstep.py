@@ -34,7 +34,7 @@ class EvalStep:
         self._dirty = True
         if build is not None and not self.traced and batches_left >= PAYS_FROM:
             self.traced = True
-            self._trace = Trace(self._function, self._trainable.sink, self._spec, dynamic=False, build=build)
+            self._trace = Trace(self._function, (self._trainable.sink,), self._spec, dynamic=False, build=build)
 
     def refresh(self) -> None:
         """User code ran since the last batch: the guards are checked at the next one."""
@@ -44,7 +44,7 @@ class EvalStep:
         if self._plan is not None and not self._dirty:
             out = self._plan(batch)
             if out is not None:
-                return None, self._keys, out.values, out.batch_size
+                return out.returned, self._keys, out.values, out.batch_size
         raw = self._guarded(batch, batch_idx, dataloader_idx)
         keys, values = keys_and_values(raw.items, self._suffix)
         if keys != self._keys:

@@ -49,6 +49,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+REFUSED = -1  # what ``update_step`` gives for a step that was not taken because something is not finite
+
+
 class StepOutput(NamedTuple):
     """One micro-step: the undivided loss ``[]``, what was logged, and what the step returned if anybody reads it."""
 
@@ -58,6 +61,7 @@ class StepOutput(NamedTuple):
     returned: Any
     grads: Sequence[Tensor | None] | None  # of the divided, scaled loss; None where autograd filled ``p.grad``
     batch_size: int = 0  # 0: not known yet
+    earlier: Sequence[StepOutput] = ()  # of this batch: the turns of other optimizers, the splits before the last
 
 
 class Raw(NamedTuple):

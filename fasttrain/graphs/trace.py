@@ -12,11 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
-from fasttrain.results import Build, LogKey
+from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
 
@@ -30,8 +31,8 @@ _NUMBERS = itertools.count()
 class Trace:
     """One ``torch.compile`` of a step, and what its last guarded call really ran."""
 
-    def __init__(self, function: Callable[..., Raw], sink: object, spec: StepSpec, *, dynamic: bool, build: Build) -> None:
-        self._sink, self._spec = sink, spec
+    def __init__(self, function: Callable[..., Raw], own: tuple[object, ...], spec: StepSpec, *, dynamic: bool, build: Build) -> None:
+        self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
         self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
@@ -54,7 +55,7 @@ class Trace:
         from torch._inductor.compile_fx import compile_fx
 
         entry = _Entry()
-        entry.inspect(self._sink)
+        entry.inspect(self._own)
         _refuse_frozen_floats(graph)
         self.count += 1
         entry.run = entry.compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
@@ -95,8 +96,8 @@ class _Entry:
         self.written: set[int] = set()  # the arguments its last call wrote into
         self.why_not = ""
 
-    def inspect(self, sink: object) -> None:
-        """Called while Dynamo traces. Pure: no Python side effect but our sink's, no guard on what changes every step."""
+    def inspect(self, own: tuple[object, ...]) -> None:
+        """Called while Dynamo traces. Pure: no Python side effect but on ``own``, no guard on what changes every step."""
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
         output = InstructionTranslator.current_tx().output
@@ -104,7 +105,7 @@ class _Entry:
         if getattr(effects, "tensor_hooks", None):
             raise CaptureError("Tensor.register_hook inside training_step: the tracer would drop it in silence.")
         changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
-        foreign = [v for v in changed if not _is_new(v) and getattr(v, "value", None) is not sink]
+        foreign = [v for v in changed if not _is_new(v) and not any(getattr(v, "value", None) is o for o in own)]
         if any(type(v).__name__ == "RandomVariable" for v in foreign):
             raise CaptureError("a random.Random of the module's own draws inside the step: the tracer would freeze its numbers.")
         guards = {_name(g) for g in output.guards}
@@ -150,8 +151,6 @@ class Plan:
             raise LookupError("the batch is not made of distinct tensors alone")
         if any(t.__dict__ for t in leaves) or (isinstance(batch, (list, tuple, dict)) and getattr(batch, "__dict__", None)):
             raise LookupError("the batch carries attributes of its own")
-        if raw.returned is not None:
-            raise LookupError("somebody reads what the step returns")
         if entry.written & {id(t) for t in leaves}:
             raise LookupError("the step writes into its batch: only the guards see which of its tensors share memory")
         if not entry.pure:
@@ -174,16 +173,19 @@ class Plan:
         self.loss = None if raw.loss is None else place[id(raw.loss)]
         self.values = _picker([place[id(v)] for v in values])
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
-        self.read_by_user = sorted({place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)]})
+        self.returned, read = _builder(raw.returned, place)
+        self.read_by_user = sorted({*read, *(place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)])})
         self._addresses = [None if a is None else a.data_ptr() for a in self.args]
 
-    def still_fits(self, entry: _Entry, batch: Any, keys: tuple[LogKey, ...]) -> bool:
+    def still_fits(self, entry: _Entry, batch: Any, raw: Raw) -> bool:
         """After a guarded call: is this the graph that ran, over the same tensors?"""
+        if (raw.returned is None) != (self.returned is None) or keys_and_values(raw.items)[0] != self.keys:
+            return False
         slots = {i for i, _ in self.slots}
         same = len(self.args) == len(entry.args) and all(
             i in slots or a is b for i, (a, b) in enumerate(zip(self.args, entry.args, strict=True))
         )
-        return same and entry is self.entry and keys == self.keys and type(batch) is self.kind and not self.moved()
+        return same and entry is self.entry and type(batch) is self.kind and not self.moved()
 
     def moved(self) -> bool:
         """Does a weight or buffer lie elsewhere than when this plan was made?"""
@@ -208,7 +210,26 @@ class Plan:
             args[i] = leaves[j]
         outs = self.run(*args)
         loss = None if self.loss is None else outs[self.loss]
-        return StepOutput(loss, self.keys, self.values(outs), None, self.grads(outs), self.batch_size)
+        returned = None if self.returned is None else self.returned(outs)
+        return StepOutput(loss, self.keys, self.values(outs), returned, self.grads(outs), self.batch_size)
+
+
+def _builder(returned: Any, place: dict[int, int]) -> tuple[Callable[[Sequence[Any]], Any] | None, list[int]]:
+    """What makes the step's own output anew out of a graph's outputs, and which of them it takes."""
+    if returned is None:
+        return None, []
+    leaves, spec = tree_flatten(returned)
+    if any(not isinstance(v, (Tensor, int, float, str, bool, type(None))) for v in leaves):
+        raise LookupError("somebody reads what the step returns, and it is not made of tensors and constants alone")
+    if any(isinstance(v, Tensor) and id(v) not in place for v in leaves):
+        raise LookupError("the step returns something that is no output of its graph")
+    where = [place[id(v)] if isinstance(v, Tensor) else None for v in leaves]
+
+    def build(outs: Sequence[Any]) -> Any:
+        return tree_unflatten([v if i is None else outs[i] for v, i in zip(leaves, where, strict=True)], spec)
+
+    leaves = [None if isinstance(v, Tensor) else v for v in leaves]  # no tensor of this call is kept
+    return build, [i for i in where if i is not None]
 
 
 def _picker(indices: list[int | None]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -80,7 +80,7 @@ class VerifiedStep:
         self._step.hold((list(self._in_order(got)), out.loss))
         return out
 
-    def update_step(self, rescale: float) -> bool:
+    def update_step(self, rescale: float) -> int:
         """The fused update and torch's own from the same weights and gradients, compared in weights and slots."""
         if self.active is not self._step:
             return self.active.update_step(rescale)
