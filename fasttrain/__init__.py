@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasttrain.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
+    from fasttrain.combined import CombinedLoader
     from fasttrain.errors import (
         CaptureError,
         CheckpointError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fasttrain.graphs.capture import seed_everything
     from fasttrain.loggers import CsvLogger, JsonlLogger, TensorBoardLogger
     from fasttrain.results import CaptureReport, FitResult, Ledger, Obstacle
+    from fasttrain.step_result import EvalResult, TrainResult
 
 __version__ = "0.1.0"
 
@@ -30,14 +32,15 @@ _HOMES = {
     "Timer": "callbacks", "CsvLogger": "loggers", "JsonlLogger": "loggers", "TensorBoardLogger": "loggers",
     "CaptureError": "errors", "CheckpointError": "errors", "DataError": "errors", "FasttrainError": "errors",
     "FasttrainWarning": "errors", "KernelError": "errors", "ModuleError": "errors", "NonFiniteError": "errors", "OptionError": "errors",
-    "CompiledFit": "fit", "compile_fit": "fit", "seed_everything": "graphs.capture",
+    "CombinedLoader": "combined", "CompiledFit": "fit", "compile_fit": "fit", "seed_everything": "graphs.capture",
     "CaptureReport": "results", "FitResult": "results", "Ledger": "results", "Obstacle": "results",
+    "EvalResult": "step_result", "TrainResult": "step_result",
 }  # fmt: skip
 
 __all__ = [
-    "Callback", "CaptureError", "CaptureReport", "CheckpointError", "CompiledFit", "CsvLogger", "DataError", "EarlyStopping",
-    "FasttrainError", "FasttrainWarning", "FitResult", "JsonlLogger", "KernelError", "LearningRateMonitor", "Ledger",
-    "ModelCheckpoint", "ModuleError", "NonFiniteError", "Obstacle", "OptionError", "TensorBoardLogger", "Timer",
+    "Callback", "CaptureError", "CaptureReport", "CheckpointError", "CombinedLoader", "CompiledFit", "CsvLogger", "DataError",
+    "EarlyStopping", "EvalResult", "FasttrainError", "FasttrainWarning", "FitResult", "JsonlLogger", "KernelError", "LearningRateMonitor",
+    "Ledger", "ModelCheckpoint", "ModuleError", "NonFiniteError", "Obstacle", "OptionError", "TensorBoardLogger", "Timer", "TrainResult",
     "compile_fit", "seed_everything",
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,21 +11,35 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 from torch.utils.data.dataloader import default_collate
 
 from fasttrain.cadence import limited
+from fasttrain.combined import CombinedLoader, as_combined
 from fasttrain.errors import DataError, reject
+from fasttrain.state import rng_state, set_rng_state
 
 BLOCK_BYTES = 1 << 19  # rows gathered at once: in the cache, and small enough that malloc reuses pages instead of faulting new ones
 BLOCK_BATCHES = 128
 
 
 class Source:
-    """One loader of one stage: how many batches, and a fresh pass over them."""
+    """One loader of one stage, or several as one: how many batches, and a fresh pass over them."""
+
+    total: float  # batches in a pass, inf when nobody can say
+    batches: float  # of them, those within the limit
+    workers: int
 
     def __init__(self, loader: Any, *, name: str, limit: int | float, limit_name: str) -> None:
         self.loader, self.name = loader, name
+        self.parts: list[Source] = [self]  # the plain loaders it is made of
+        self._restarts: dict[int, tuple[int, dict[str, Any]]] = {}  # of this pass: how often part i began anew, and the streams before
+        if isinstance(loader, CombinedLoader):
+            named = zip(loader.loaders, loader.paths, strict=True)
+            self.parts = [Source(x, name=name + path, limit=limit, limit_name=limit_name) for x, path in named]
+            self.total, self.batches = loader.size([p.total for p in self.parts]), loader.size([p.batches for p in self.parts])
+            self.workers = sum(p.workers for p in self.parts)
+            return
         check_loader(loader, name)
         self.total = length_of(loader)
         if self.total == 0:
@@ -37,25 +52,26 @@ class Source:
     @property
     def road(self) -> str:
         """ "tensors" when rows are gathered straight from memory, else "loader"."""
-        return "tensors" if in_memory_tensors(self.loader) else "loader"
+        return "tensors" if all(in_memory_tensors(p.loader) for p in self.parts) else "loader"
 
     def set_epoch(self, epoch: int) -> None:
         """Tell every sampler that wants to know."""
-        batch_sampler = getattr(self.loader, "batch_sampler", None)
-        inner = getattr(batch_sampler, "sampler", None)
-        parts: list[Any] = [self.loader, getattr(self.loader, "sampler", None), batch_sampler, inner, getattr(self.loader, "dataset", None)]
-        for part in {id(p): p for p in parts}.values():
-            if callable(getattr(part, "set_epoch", None)):
-                part.set_epoch(epoch)
+        self._restarts = {}
+        pieces = [piece for p in self.parts for piece in (*_pieces(p.loader), getattr(p.loader, "dataset", None))]
+        for piece in {id(p): p for p in pieces}.values():
+            if callable(getattr(piece, "set_epoch", None)):
+                piece.set_epoch(epoch)
 
     def _generators(self) -> list[torch.Generator]:
-        batch_sampler = getattr(self.loader, "batch_sampler", None)
-        parts = (self.loader, getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-        found = [g for p in parts if isinstance(g := getattr(p, "generator", None), torch.Generator)]
+        pieces = [piece for p in self.parts for piece in _pieces(p.loader)]
+        found = [g for p in pieces if isinstance(g := getattr(p, "generator", None), torch.Generator)]
         return list({id(g): g for g in found}.values())
 
     def streams(self) -> dict[str, Any]:
-        """The states of the loader's own generators, to be saved beside the global random streams."""
+        """The states of the loaders' own generators, to be saved beside the global random streams, and where loaders began anew."""
+        return self._own_streams() | ({"restarts": [[i, *r] for i, r in self._restarts.items()]} if self._restarts else {})
+
+    def _own_streams(self) -> dict[str, Any]:
         return {"loader": [g.get_state() for g in self._generators()]}
 
     def set_streams(self, state: Mapping[str, Any]) -> None:
@@ -64,20 +80,45 @@ class Source:
         for generator, value in zip(mine, saved, strict=True) if len(saved) == len(mine) else ():
             generator.set_state(value.to(torch.uint8))
 
-    def one_pass(self, skip: int = 0) -> Iterator[Any]:
+    def one_pass(self, skip: int = 0, resumed: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """One epoch's batches, in plain iteration's order under the same torch seed, from batch ``skip`` on.
 
-        All that skipping draws from the random streams is drawn before this returns.
+        All that skipping draws from the random streams is drawn before this returns. ``resumed``: the ``streams`` of the
+        pass of which this is the rest.
         """
-        fast = in_memory_tensors(self.loader)  # looked at anew: rows may be exchanged between epochs
-        if fast is not None:
+        if isinstance(self.loader, CombinedLoader):
+            iterator = self._combined(self.loader, (resumed or {}).get("restarts", []))
+        elif (fast := in_memory_tensors(self.loader)) is not None:  # looked at anew: rows may be exchanged between epochs
             return _gathered(self.loader, fast, skip)
-        with _no_interrupt():
-            iterator = iter(self.loader)
+        else:
+            iterator = self._guarded(self._begun())
         for _ in range(skip):
             if next(iterator, _END) is _END:
                 break
-        return self._guarded(iterator)
+        return iterator
+
+    def _combined(self, loader: CombinedLoader, restarts: Sequence[Any]) -> Iterator[Any]:
+        known = {i: (count, state) for i, count, state in restarts}
+        self._restarts = {}
+
+        def again(i: int) -> Iterator[Any]:
+            count = self._restarts[i][0] + 1 if i in self._restarts else 1
+            if i in known and known[i][0] == count:  # it began in the saved run, after draws that are not made again
+                set_rng_state(known[i][1])
+                self.set_streams(known[i][1])
+            self._restarts[i] = (count, rng_state() | self._own_streams())
+            return self.parts[i].beside_others()
+
+        return loader.batches(lambda i: self.parts[i].beside_others(), again, [p.batches for p in self.parts], self.total)
+
+    def beside_others(self) -> Iterator[Any]:
+        """A pass that draws its order with its first batch, as a DataLoader does, so that other loaders may draw before."""
+        fast = None if self._generators() else in_memory_tensors(self.loader)
+        return self._guarded(self._begun()) if fast is None else _gathered(self.loader, fast, 0, late=True)
+
+    def _begun(self) -> Iterator[Any]:
+        with _no_interrupt():
+            return iter(self.loader)
 
     def _guarded(self, iterator: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -142,6 +183,33 @@ class Lookahead:
 END: Any = _END
 
 
+def _pieces(loader: Any) -> list[Any]:
+    """The loader, and what may order its rows."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+
+
+def in_order(loader: Any) -> Any:
+    """The loader without its shuffling: the same in every other respect."""
+    if isinstance(loader, CombinedLoader):
+        return loader.with_loaders([in_order(x) for x in loader.loaders])
+    if not is_shuffled(loader):
+        return loader
+    new, sampler = copy.copy(loader), SequentialSampler(loader.dataset)
+    vars(new).update(sampler=sampler, _iterator=None)  # DataLoader.__setattr__ forbids it once it is made
+    if type(loader.batch_sampler) is BatchSampler:
+        vars(new)["batch_sampler"] = BatchSampler(sampler, loader.batch_size, loader.drop_last)
+    return new
+
+
+def is_shuffled(loader: Any) -> bool:
+    """Does it draw the rows of a dataset in another order than theirs? Of several: does one?"""
+    if isinstance(loader, CombinedLoader):
+        return any(map(is_shuffled, loader.loaders))
+    rows = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    return rows and not isinstance(loader.sampler, SequentialSampler)
+
+
 def check_loader(loader: Any, name: str) -> None:
     """Raise DataError for what is not an iterable of batches, a dataset above all."""
     if isinstance(loader, Dataset):
@@ -153,11 +221,11 @@ def check_loader(loader: Any, name: str) -> None:
                 f"Wrap it: torch.utils.data.DataLoader({name.split('_')[0]}_set, batch_size=32).",
             )
         )
-    if isinstance(loader, (str, bytes, Tensor, dict)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+    if isinstance(loader, (str, bytes, Tensor, Mapping)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise DataError(
             reject(
                 name,
-                type(loader).__name__,
+                "an empty dict" if isinstance(loader, Mapping) and not loader else type(loader).__name__,
                 "a DataLoader or another iterable of batches",
                 "For tensors: DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True).",
             )
@@ -182,12 +250,11 @@ def length_of(loader: Any) -> float:
 
 
 def as_sources(loaders: Any, *, name: str, limit: int | float, limit_name: str) -> list[Source]:
-    """Sources of one loader or of a list of loaders; empty when there is none or the limit is 0."""
+    """Sources of one loader, or of each of several that follow one another; empty when there is none or the limit is 0."""
     if loaders is None or limit == 0:
         return []
-    many = isinstance(loaders, (list, tuple)) and any(isinstance(x, DataLoader) or hasattr(x, "dataset") for x in loaders)
-    each = list(loaders) if many else [loaders]
-    return [Source(x, name=name if len(each) == 1 else f"{name}[{i}]", limit=limit, limit_name=limit_name) for i, x in enumerate(each)]
+    source = Source(as_combined(loaders, "sequential"), name=name, limit=limit, limit_name=limit_name)
+    return source.parts if isinstance(source.loader, CombinedLoader) and source.loader.mode == "sequential" else [source]
 
 
 def in_memory_tensors(loader: Any) -> tuple[list[Tensor], Tensor | None] | None:
@@ -211,14 +278,24 @@ def in_memory_tensors(loader: Any) -> tuple[list[Tensor], Tensor | None] | None:
     return (list(dataset.tensors), rows) if plain and dataset.tensors else None
 
 
-def _gathered(loader: Any, fast: tuple[Sequence[Tensor], Tensor | None], skip: int) -> Iterator[list[Tensor]]:
-    """Rows gathered a block of batches at a time; draws from the random streams exactly as the loader would."""
+def _gathered(loader: Any, fast: tuple[Sequence[Tensor], Tensor | None], skip: int, *, late: bool = False) -> Iterator[list[Tensor]]:
+    """Rows gathered a block of batches at a time; draws from the random streams exactly as the loader would.
+
+    ``late``: the order is drawn with the first batch, not now.
+    """
     tensors, rows = fast
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the workers' base seed, drawn by iter(loader)
-    order = _order(loader.sampler, len(loader.dataset))
-    if rows is not None:
-        order = rows if order is None else rows[order]
-    return _blocks(loader, tensors, order, skip)
+
+    def blocks() -> Iterator[list[Tensor]]:
+        order = _order(loader.sampler, len(loader.dataset))
+        if rows is not None:
+            order = rows if order is None else rows[order]
+        return _blocks(loader, tensors, order, skip)
+
+    def later() -> Iterator[list[Tensor]]:
+        yield from blocks()
+
+    return later() if late else blocks()
 
 
 def _blocks(loader: Any, tensors: Sequence[Tensor], order: Tensor | None, skip: int) -> Iterator[list[Tensor]]:

@@ -17,6 +17,7 @@ from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.results import MetricView
 from fasttrain.run import Run
 from fasttrain.state import rng_state, set_rng_state
+from fasttrain.step_result import epoch_values, gathered, rebuilt
 
 HOOK = {"validate": "validation", "test": "test", "predict": "predict"}
 
@@ -43,8 +44,8 @@ def evaluate(run: Run, sources: Sequence[Source], stage: str, *, at_most: int | 
         run.fire(f"on_{hook}_start")
         run.fire(f"on_{hook}_epoch_start")
         kept = [list(_pass(run, s, stage, i, len(sources), at_most)) for i, s in enumerate(sources)]
-        if f"{hook}_epoch_end" in run.trainable.hooks:
-            run.trainable.call(f"{hook}_epoch_end", kept[0] if len(kept) == 1 else kept)
+        epoch_end(run, f"{hook}_epoch_end", kept)
+        del kept
         facade.epoch_ended = True
         run.fire(f"on_{hook}_epoch_end")
         view = facade.eval_store.at_epoch_end()
@@ -56,6 +57,18 @@ def evaluate(run: Run, sources: Sequence[Source], stage: str, *, at_most: int | 
     facade.state.stage, facade.epoch_ended, facade.log_on_step = before, was_ended, was_step
     run.ledger.validate_s += time.perf_counter() - started
     return view
+
+
+def epoch_end(run: Run, hook: str, kept: list[list[Any]]) -> None:
+    """``training_epoch_end`` and its like: called with what the epoch's steps returned (a list an evaluation loader);
+    what it returns is logged."""
+    if hook in run.trainable.hooks:
+        splits = hook == "training_epoch_end" and run.trainable.split_length > 0
+        outputs = [gathered(of_one, hook, splits=splits) for of_one in kept]
+        returned = run.trainable.call(hook, outputs[0] if len(outputs) == 1 else outputs)
+        run.trainable.sink.hook = hook
+        for name, value, how in epoch_values(returned, hook):
+            run.trainable.sink.log(name, value, **how)
 
 
 def predict(run: Run, sources: Sequence[Source]) -> list[Any]:
@@ -79,10 +92,11 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     transfer, eval_step = run.transfer(index), _step_of(run, source, stage, index, suffix)
     starts, ends = run.live(f"on_{hook}_batch_start"), run.live(f"on_{hook}_batch_end")
     keep = stage == "predict" or f"{hook}_epoch_end" in trainable.hooks
+    source.set_epoch(facade.progress.epoch)
     ahead = Lookahead(source.one_pass(), limit, source.total)
     foreign = (
         transfer is not None
-        or run.foreign(f"on_{hook}_batch_start", f"on_{hook}_batch_end", f"{hook}_step_end")
+        or run.foreign(f"on_{hook}_batch_start", f"on_{hook}_batch_end")
         or (eval_step.traced and run.reached_between_steps(source))
     )
     shown = "sanity" if facade.sanity_checking else stage
@@ -101,12 +115,10 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
         if foreign:
             eval_step.refresh()
         output, keys, values, size = eval_step(batch, batch_idx, index)
-        if f"{hook}_step_end" in trainable.hooks:
-            output = trainable.call(f"{hook}_step_end", output)
         if keys:
             facade.eval_store.append(keys, values, size)
         if ends:
-            run.fire(f"on_{hook}_batch_end", output, batch, batch_idx, index)
+            run.fire(f"on_{hook}_batch_end", rebuilt(output), batch, batch_idx, index)
         if keep:
             yield output
         now = time.perf_counter()
@@ -119,7 +131,7 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
 def _step_of(run: Run, source: Source, stage: str, index: int, suffix: str) -> EvalStep:
     """The stage's step for this loader, kept over the passes of a fit; traced when the training step is and it pays."""
     hook, hooks = HOOK[stage], run.trainable.hooks
-    keep = stage == "predict" or f"{hook}_epoch_end" in hooks or f"{hook}_step_end" in hooks or run.live(f"on_{hook}_batch_end")
+    keep = stage == "predict" or f"{hook}_epoch_end" in hooks or run.live(f"on_{hook}_batch_end")
     step = run.eval_steps.get((stage, index))
     if step is None:
         step = run.eval_steps[stage, index] = EvalStep(run.trainable, run.spec, stage, keep=keep, suffix=suffix)

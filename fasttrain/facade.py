@@ -16,6 +16,7 @@ from fasttrain.module import Trainable
 from fasttrain.options import Options
 from fasttrain.results import LogKey, MetricStore, MetricView, reduce_named, to_floats
 from fasttrain.state import Progress
+from fasttrain.step_result import MONITORED, evaluation_wins
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,7 @@ class SchedulerConfig:
     strict: bool = True
     reduce_on_plateau: bool = False
     name: str | None = None
+    opt_idx: int = 0  # which of the optimizers it moves
 
 
 @dataclass
@@ -280,7 +282,7 @@ class TrainerFacade:
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """Every metric, current at this point, as 0-d tensors. Nothing is computed until somebody looks."""
-        return {**self._known.callback, **self._now().callback}
+        return evaluation_wins({**self._known.callback, **self._now().callback})
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
@@ -292,9 +294,10 @@ class TrainerFacade:
 
     def metric_step(self, name: str) -> int | None:
         """The global_step at which this metric was last updated; None when it never was."""
-        if name in self._now().callback:
-            return self.progress.global_step
-        return self._stamps.get(name)
+        now = self._now().callback
+        if name in MONITORED and (f"val_{name}" in now or f"val_{name}" in self._stamps):
+            name = f"val_{name}"
+        return self.progress.global_step if name in now else self._stamps.get(name)
 
     def _now(self) -> MetricView:
         view = self.train_store.at_step()
@@ -333,7 +336,7 @@ class TrainerFacade:
         epoch = how["on_epoch"] if how["on_epoch"] is not None else not on_step
         key = LogKey(name, how["prog_bar"], how["logger"], step, epoch, reduce_named(how["reduce_fx"]), how["batch_size"])
         store = self.eval_store if evaluating else self.train_store
-        store.log(key, value, self.last_batch_size if on_step or evaluating else 1)
+        store.log(key, value, self.last_batch_size if on_step or evaluating else 1, self._trainable.sink.hook)
 
     def set_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.strategy.optimizers[:] = optimizers

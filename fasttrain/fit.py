@@ -17,13 +17,14 @@ from fasttrain.errors import ModuleError, reject
 from fasttrain.evaluate import evaluate, predict
 from fasttrain.graphs.capture import settings
 from fasttrain.graphs.explain import explain
+from fasttrain.loaders import evaluation_sources
 from fasttrain.loop import fit_loop, save_interrupted
 from fasttrain.module import Trainable, attached
 from fasttrain.options import Options, OptionsDict, make_options
 from fasttrain.own_loop import OwnLoop
 from fasttrain.results import FitResult, to_floats
 from fasttrain.run import Run
-from fasttrain.setup import evaluation_sources, make_run, prepare_training, set_up, tear_down
+from fasttrain.setup import make_run, prepare_training, set_up, tear_down
 
 
 def compile_fit(
@@ -87,6 +88,8 @@ class CompiledFit:
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> FitResult:
         """Train. ``ckpt_path``: "last", "best" or a checkpoint directory resumes exactly where it was written.
+
+        ``train_dataloaders``: a loader, or several in a dict or a list, whose batches come in the same form (``CombinedLoader``).
 
         Returns what the run came to; ctrl-C ends the run after the present batch, writes a checkpoint, and raises
         KeyboardInterrupt (the result is then ``trainer.result``).

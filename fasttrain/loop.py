@@ -7,18 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fasttrain.cadence import epoch_done, steps_done, validation_interval, window_length
 from fasttrain.data import END, Lookahead
 from fasttrain.errors import DataError, NonFiniteError, reject
-from fasttrain.evaluate import evaluate, sanity_check
-from fasttrain.graphs.capture import Step, capture_step, dry_look
+from fasttrain.evaluate import epoch_end, evaluate, sanity_check
+from fasttrain.graphs.capture import capture_step, dry_look
 from fasttrain.graphs.contract import batch_size_of
 from fasttrain.graphs.explain import one_line
+from fasttrain.graphs.step import Step
+from fasttrain.loaders import renew
 from fasttrain.run import Run
-from fasttrain.schedules import step_schedulers
+from fasttrain.schedules import moved_schedulers, step_schedulers
 from fasttrain.state import rng_state, set_rng_state
+from fasttrain.step_result import for_epoch_end, rebuilt
 
 
 def fit_loop(run: Run) -> None:
@@ -56,7 +57,9 @@ def _epoch(run: Run) -> None:
         _put_back(run)
         progress.batches_done = progress.window_open = 0
         progress.batch_idx = -1
-        run.train.set_epoch(progress.epoch)
+        renew(run, "train")
+    run.train.set_epoch(progress.epoch)
+    if not progress.epoch_open:
         run.fire("on_train_epoch_start")
         run.fire("on_epoch_start")
         progress.epoch_open = True
@@ -79,7 +82,8 @@ def _open_pass(run: Run) -> Lookahead:
         set_rng_state(resume["epoch_rng"])
         train.set_streams(resume["epoch_rng"])
     run.epoch_rng = rng_state() | train.streams()
-    ahead = Lookahead(train.one_pass(progress.batches_done), train.batches, train.total, progress.batches_done)
+    batches = train.one_pass(progress.batches_done, None if resume is None else resume["rng"])
+    ahead = Lookahead(batches, train.batches, train.total, progress.batches_done)
     _put_back(run)
     return ahead
 
@@ -152,6 +156,8 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         if foreign:
             step.refresh()
         out = step.micro_step(batch, batch_idx, first=progress.window_open == 1, last=last, divisor=divisor)
+        for o in out.earlier:
+            store.append(o.keys, o.values, o.batch_size or batch_size_of(batch))
         if out.keys:
             store.append(out.keys, out.values, out.batch_size or batch_size_of(batch))
         remember(out.loss)
@@ -174,7 +180,8 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
             step_schedulers(run, plateaus, progress.global_step)
         if last:
             progress.stepping_batches += 1
-        if (facade.should_stop or run.interrupted or now > deadline or progress.global_step == options.max_steps) and _stops(
+        progress.restarting = False
+        if (facade.should_stop or run.interrupted or now > deadline or 0 <= options.max_steps <= progress.global_step) and _stops(
             run, now > deadline
         ):
             break
@@ -223,10 +230,13 @@ def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[An
     progress = run.facade.progress
     stepped = step.update_step(1.0 if progress.window_open == divisor else divisor / progress.window_open)
     progress.window_open = 0
-    if stepped > 0:
+    if stepped >= 0:
         progress.global_step += stepped
-        if by_step:
-            step_schedulers(run, by_step, progress.global_step)
+        if len(step.moved) > 1:
+            moved_schedulers(run, by_step, step.moved)
+        elif by_step and stepped:
+            for done in range(progress.global_step - stepped + 1, progress.global_step + 1):
+                step_schedulers(run, by_step, done)
     elif run.options.nonfinite == "raise" and run.maker is not None and run.maker.scaler is None:
         loss = run.display.recent[-1]
         raise NonFiniteError(
@@ -249,11 +259,11 @@ def _batch_end(run: Run, returned: Any, batch: Any, batch_idx: int) -> None:
     progress = run.facade.progress
     run.facade.last_batch_size = batch_size_of(batch)
     progress.phase = "batch_end"
-    run.fire("on_train_batch_end", returned, batch, batch_idx)
+    run.fire("on_train_batch_end", rebuilt(returned), batch, batch_idx)
     run.fire("on_batch_end")
     progress.phase = ""
     if "training_epoch_end" in run.trainable.hooks and returned is not None:
-        run.outputs.append({"loss": returned} if isinstance(returned, Tensor) else returned)
+        run.outputs.append(for_epoch_end(returned))
 
 
 def _interval(run: Run) -> float | None:
@@ -272,7 +282,8 @@ def _validation_is_due(run: Run, interval: float, last_batch: bool, now: float) 
     if facade.should_stop and _may_stop(run):
         return True
     if options.val_every_n_steps is not None:
-        return progress.window_open == 0 and progress.global_step % options.val_every_n_steps == 0
+        every = options.val_every_n_steps
+        return progress.window_open == 0 and progress.global_step // every > progress.validated_step // every
     if options.val_check_seconds is not None:
         return now - run.validated_at >= options.val_check_seconds
     if interval == math.inf:
@@ -283,6 +294,8 @@ def _validation_is_due(run: Run, interval: float, last_batch: bool, now: float) 
 
 def _validate(run: Run) -> None:
     progress = run.facade.progress
+    progress.validated_step = progress.global_step
+    renew(run, "val")
     progress.phase = "validation"
     evaluate(run, run.val, "validate")
     progress.phase = ""
@@ -348,8 +361,9 @@ def _end_epoch(run: Run) -> None:
     facade.epoch_ended = True
     if progress.phase != "epoch_end":
         progress.phase = "epoch_end"
-        outputs, run.outputs = run.outputs, []
-        run.trainable.call("training_epoch_end", outputs)
+        epoch_end(run, "training_epoch_end", [run.outputs])
+        run.outputs = []
+        run.trainable.sink.hook = "on_train_epoch_end"
         before, after = run.callbacks.split("on_train_epoch_end")
         for call in before:
             call(facade, run.trainable.module)

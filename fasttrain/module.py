@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fasttrain.errors import ModuleError, reject
+from fasttrain.forms import Form, ended_by, form_of, named, split_length, train_adapter
 from fasttrain.results import LogKey, reduce_named
+from fasttrain.step_result import TrainResult
 
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 IN_STEP_HOOKS = (
@@ -99,6 +101,8 @@ class Sink:
         self.items: list[tuple[Any, ...]] | None = None
         self.outside: Callable[[str, Any, Mapping[str, Any]], None] | None = None
         self.on_step_default, self.on_epoch_default = True, False
+        self.off = False  # barebones: nothing is logged
+        self.hook = ""  # that is running, outside a step
 
     def log(
         self,
@@ -118,6 +122,8 @@ class Sink:
         rank_zero_only: bool = False,
     ) -> None:
         """``self.log``: same arguments and defaults as Lightning's."""
+        if self.off:
+            return
         if isinstance(value, Tensor) and not enable_graph:
             value = value.detach().clone()  # a weight or a buffer will have moved on when it is read
         logger = True if logger is None else logger
@@ -158,10 +164,15 @@ class Trainable:
     """A module as the rest of the house sees it: one root ``nn.Module``, its steps, its hooks, its optimizer."""
 
     def __init__(
-        self, module: nn.Module, *, loss: Callable[..., Tensor] | None = None, optimizer: Any = None, lr_scheduler: Any = None
-    ) -> None:
+        self, module: nn.Module, *, loss: Callable[..., Tensor] | None = None, optimizer: Any = None, lr_scheduler: Any = None,
+        turns: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
         self.module = module
         self.sink = Sink()
+        self.verbs: dict[str, Any] = {}  # what a module calls on itself: optimizers(), manual_backward(), ...
+        self._turns = turns
+        self.form: Form = form_of(module, turns)
+        self.split_length = split_length(module)
         self._loss, self._optimizer, self._scheduler = loss, optimizer, lr_scheduler
         self.hooks = frozenset(h for h in MODULE_HOOKS if overridden(module, h))
         self._loss_takes_module = loss is not None and _first_argument_is_module(loss)
@@ -172,17 +183,30 @@ class Trainable:
         return self._steps[stage] is not None
 
     def step(self, stage: str) -> Callable[[Any, int, int], Any]:
-        """``f(batch, batch_idx, dataloader_idx) -> what the step returns``; traced as it is."""
+        """``f(batch, batch_idx, index) -> what the step returns``; traced as it is.
+
+        ``index`` is the optimizer's for "train", else the dataloader's.
+        """
         step = self._steps[stage]
         assert step is not None
         return step
+
+    def call_named(self, hook: str, **known: Any) -> Any:
+        """Call a module hook with those of ``known`` that it takes, whichever signature of the years it has."""
+        before, self.sink.hook = self.sink.hook, hook
+        returned = named(getattr(self.module, hook), **known)
+        self.sink.hook = before
+        return returned
 
     def call(self, hook: str, *args: Any) -> Any:
         """Call a module hook with as many of ``args`` as it takes; None when nobody overrides it."""
         if hook not in self.hooks:
             return None
         method = getattr(self.module, hook)
-        return method(*args[: _positional(method, len(args))])
+        before, self.sink.hook = self.sink.hook, hook
+        returned = method(*args[: _positional(method, len(args))])
+        self.sink.hook = before
+        return returned
 
     def configure_optimizers(self) -> Any:
         """What ``configure_optimizers`` returned, or the ``optimizer=`` (and ``lr_scheduler=``) that was given."""
@@ -214,11 +238,6 @@ class Trainable:
             )
         if self._loss is not None and overridden(self.module, "training_step"):
             raise ModuleError(f"loss: got one for {m}, whose training_step returns its own loss. Leave loss out, or training_step.")
-        if not getattr(self.module, "automatic_optimization", True):
-            raise ModuleError(
-                f"{m}.automatic_optimization: got False; wanted True. This version calls backward and the optimizer itself: "
-                "return the loss from training_step and leave manual_backward() and optimizer.step() out."
-            )
         if not self.has("train"):
             raise ModuleError(
                 f"{m} has no training_step: define training_step(self, batch, batch_idx) on the module, "
@@ -227,10 +246,13 @@ class Trainable:
 
     def _step_for(self, stage: str, name: str) -> Callable[[Any, int, int], Any] | None:
         method = getattr(self.module, name, None)
+        if stage == "train" and self._turns is not None:
+            turns, module = self._turns, self.module
+            return lambda batch, batch_idx, _: turns(module, batch, batch_idx)
         if callable(method) and not _is_lightnings(self.module, name):
-            step = _adapt_step(method, stage)
-            if stage == "train" and "training_step_end" in self.hooks:
-                return lambda batch, batch_idx, dataloader_idx: self.call("training_step_end", step(batch, batch_idx, dataloader_idx))
+            step = train_adapter(method, carries=self.split_length > 0) if stage == "train" else _adapt_step(method)
+            if f"{name}_end" in self.hooks:
+                return ended_by(getattr(self.module, f"{name}_end"), step, self.form if stage == "train" else "single")
             return step
         if stage == "predict":
             return self._predict
@@ -272,6 +294,8 @@ def attached(trainable: Trainable, trainer: Any) -> Any:
     """Within: the module's ``self.log``, ``self.trainer`` and what hangs on them are ours; after, as they were."""
     module, sink = trainable.module, trainable.sink
     ours: dict[str, Any] = {"log": sink.log, "log_dict": sink.log_dict}
+    if trainable.form == "manual" or not is_lightning(module):
+        ours |= {k: v for k, v in trainable.verbs.items() if not overridden(module, k)}
     if is_lightning(module):
         ours["_trainer"] = trainer
     else:
@@ -289,12 +313,19 @@ def attached(trainable: Trainable, trainer: Any) -> Any:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a training step returned: a tensor, ``{"loss": ...}``, an object with ``.loss``, or None."""
+    """The loss in what a training step returned: a tensor, ``{"loss": ...}``, a TrainResult, an object with ``.loss``, or None."""
     if output is None or isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
         return output.get("loss")
-    return getattr(output, "loss", None)
+    return output.minimize if isinstance(output, TrainResult) else getattr(output, "loss", None)
+
+
+def hiddens_of(output: Any) -> Any:
+    """The hidden state that a training step leaves for the next split: of ``{"hiddens": ...}`` or a TrainResult; else None."""
+    if isinstance(output, Mapping):
+        return output.get("hiddens")
+    return output.hiddens if isinstance(output, TrainResult) else None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -345,14 +376,9 @@ def _positional(method: Callable[..., Any], most: int) -> int:
     return min(most, sum(p.kind in kinds for p in parameters))
 
 
-def _adapt_step(method: Callable[..., Any], stage: str) -> Callable[[Any, int, int], Any]:
+def _adapt_step(method: Callable[..., Any]) -> Callable[[Any, int, int], Any]:
     """The step with (batch, batch_idx, dataloader_idx), whichever of them it takes, by name where it says so."""
     names = [p.name for p in inspect.signature(method).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    refused = [n for n in names if n in ("dataloader_iter", "optimizer_idx", "hiddens")]
-    if refused and stage == "train":
-        raise ModuleError(
-            f"training_step takes {refused[0]!r}, which this version does not hand over. Wanted training_step(self, batch, batch_idx)."
-        )
     count = _positional(method, 3)
     if count >= 3:
         return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx, dataloader_idx)

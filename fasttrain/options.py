@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -41,15 +42,20 @@ RETIRED: Mapping[str, str] = {
     "accumulate_grad_batch": "accumulate_grad_batches", "stochastic_weight_avg": "callbacks",
     "process_position": "enable_progress_bar", "auto_scale_batch_size": "your DataLoader's batch_size",
     "auto_lr_find": "your optimizer's lr", "truncated_bptt_steps": "an attribute of the module",
-    "multiple_trainloader_mode": "one train loader", "reload_dataloaders_every_epoch": "a loader made per epoch",
+    "multiple_trainloader_mode": "train_dataloaders=fasttrain.CombinedLoader(loaders, mode)",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs",
 }  # fmt: skip
 
 NOT_HERE: Mapping[str, str] = {
     "benchmark": "Set torch.backends.cudnn.benchmark yourself.", "profiler": "Wrap fit() in torch.profiler.profile.",
-    "barebones": "Give logger=False, enable_checkpointing=False, enable_progress_bar=False.",
-    "reload_dataloaders_every_n_epochs": "Give a loader that draws anew in each __iter__, or has set_epoch(epoch).",
     "use_distributed_sampler": "It trains on one device: leave it out.", "sync_batchnorm": "It trains on one device: leave it out.",
     "plugins": "Leave it out.", "model_registry": "Leave it out.", "enable_autolog_hparams": "Leave it out.",
+}  # fmt: skip
+
+
+BARE: Mapping[str, Any] = {
+    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    "log_every_n_steps": 0, "num_sanity_val_steps": 0, "fast_dev_run": 0, "detect_anomaly": False, "track_grad_norm": None,
 }  # fmt: skip
 
 
@@ -71,10 +77,12 @@ class OptionsDict(TypedDict, total=False):
     check_val_every_n_epoch: int | None
     val_every_n_steps: int | None
     num_sanity_val_steps: int | None
+    reload_dataloaders_every_n_epochs: int
     log_every_n_steps: int | None
     accumulate_grad_batches: int | Mapping[int, int]
     gradient_clip_val: float | None
     gradient_clip_algorithm: str | None
+    track_grad_norm: int | float | str | None
     precision: str | int | None
     accelerator: str
     devices: int | str
@@ -84,6 +92,7 @@ class OptionsDict(TypedDict, total=False):
     enable_checkpointing: bool | None
     enable_progress_bar: bool | None
     enable_model_summary: bool | None
+    barebones: bool
     inference_mode: bool
     deterministic: bool
     detect_anomaly: bool
@@ -114,10 +123,12 @@ class Options:
     check_val_every_n_epoch: int | None = 1
     val_every_n_steps: int | None = None
     num_sanity_val_steps: int = 2
+    reload_dataloaders_every_n_epochs: int = 0
     log_every_n_steps: int = 50
     accumulate_grad_batches: Mapping[int, int]
     gradient_clip_val: float | None = None
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    track_grad_norm: float | None = None
     precision: Precision = "32-true"
     accelerator: str = "auto"
     callbacks: tuple[Any, ...] = ()
@@ -126,6 +137,7 @@ class Options:
     enable_checkpointing: bool = True
     enable_progress_bar: bool = True
     enable_model_summary: bool = True
+    barebones: bool = False
     inference_mode: bool = True
     deterministic: bool = False
     detect_anomaly: bool = False
@@ -147,6 +159,9 @@ def make_options(given: Mapping[str, Any]) -> Options:
             raise OptionError(_unknown(name, known))
     g = dict(given)
     _single_machine(g)
+    bare = _bool(g, "barebones", False)
+    if bare:
+        _only_bare(g)
     fast = _fast_dev_run(g.get("fast_dev_run", False))
     max_epochs, max_steps = g.get("max_epochs"), _int(g, "max_steps", -1, low=-1)
     overfit = _limit("overfit_batches", g.get("overfit_batches", 0.0))
@@ -162,7 +177,9 @@ def make_options(given: Mapping[str, Any]) -> Options:
         fast_dev_run=fast, overfit_batches=overfit,
         val_check_interval=interval, val_check_seconds=seconds, check_val_every_n_epoch=every_epoch,
         val_every_n_steps=_optional_int(g, "val_every_n_steps", None, low=1),
-        num_sanity_val_steps=sanity, log_every_n_steps=_int(g, "log_every_n_steps", 50),
+        num_sanity_val_steps=sanity, log_every_n_steps=_int(g, "log_every_n_steps", 50), barebones=bare,
+        reload_dataloaders_every_n_epochs=_int(g, "reload_dataloaders_every_n_epochs", 0),
+        track_grad_norm=_norm(g.get("track_grad_norm")),
         accumulate_grad_batches=_accumulate(g.get("accumulate_grad_batches", 1)),
         gradient_clip_val=clip, gradient_clip_algorithm=algorithm, precision=_precision(g.get("precision")),
         accelerator=_choice(g, "accelerator", "auto", ("auto", "cpu", "gpu", "cuda")),
@@ -186,7 +203,7 @@ def make_options(given: Mapping[str, Any]) -> Options:
                    "enable_checkpointing": False, "val_check_interval": 1.0, "val_check_seconds": None,
                    "check_val_every_n_epoch": 1, "val_every_n_steps": None}  # fmt: skip
     _contradictions(g, values)
-    return Options(**values)
+    return Options(**{**values, **(BARE if bare else {})})
 
 
 def _unknown(name: str, known: set[str]) -> str:
@@ -208,8 +225,18 @@ def _contradictions(given: Mapping[str, Any], values: Mapping[str, Any]) -> None
                                  "Without epochs to count by, give val_check_interval=n or val_every_n_steps=n."))  # fmt: skip
     if values["capture"] in ("compile", "graph") and values["detect_anomaly"]:
         raise OptionError("detect_anomaly follows autograd op by op: it needs capture='eager' (or 'auto').")
-    if 0 <= values["max_steps"] < values["min_steps"]:
-        raise OptionError(reject("min_steps", values["min_steps"], f"at most max_steps={values['max_steps']}", "Lower it."))
+    for unit in ("steps", "epochs") if not values["fast_dev_run"] else ():
+        least, most = values[f"min_{unit}"], values[f"max_{unit}"]
+        if 0 <= most < least and given.get(f"min_{unit}") is not None and given.get(f"max_{unit}") is not None:
+            raise OptionError(reject(f"min_{unit}", least, f"at most max_{unit}={most}", "Lower it."))
+
+
+def _only_bare(given: Mapping[str, Any]) -> None:
+    """Raise OptionError for an option that wants back what ``barebones`` leaves out."""
+    for name, off in BARE.items():
+        value = given.get(name)
+        if value is not None and value != off and not (name == "track_grad_norm" and value == -1):
+            raise OptionError(reject(name, repr(value), f"{off!r}, because barebones=True leaves it out", "Leave one of the two out."))
 
 
 def _single_machine(g: dict[str, Any]) -> None:
@@ -291,6 +318,16 @@ def _clip(g: Mapping[str, Any]) -> tuple[float | None, str]:
     return float(value), algorithm
 
 
+def _norm(value: object) -> float | None:
+    """The p of the gradient norms to log; None and -1, its old default, are none."""
+    if value is None or value == -1:
+        return None
+    number = math.inf if value == "inf" else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+        raise OptionError(reject("track_grad_norm", repr(value), "a number > 0, 'inf', or None for no norms", "Try 2."))
+    return float(number)
+
+
 def _accumulate(value: object) -> Mapping[int, int]:
     given: dict[Any, Any] = dict(value) if isinstance(value, Mapping) else {0: value}
     schedule = given if given and value is not None else {0: 1}
@@ -304,7 +341,7 @@ def _accumulate(value: object) -> Mapping[int, int]:
 def _limit(name: str, value: object) -> int | float:
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise OptionError(reject(name, repr(value), "an integer >= 0 (batches) or a float in [0, 1] (a share)", "1.0 is all."))
     if isinstance(value, float) and value > 1.0:
         if value.is_integer():
@@ -319,7 +356,7 @@ def _val_interval(value: object) -> tuple[int | float, float | None]:
         return 1.0, None
     if isinstance(value, (str, timedelta, Mapping)):
         return 1.0, _seconds("val_check_interval", value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise OptionError(reject("val_check_interval", repr(value), "n batches (int), a share (float) or a time", "1.0 is once an epoch."))
     if isinstance(value, float) and value > 1.0:
         raise OptionError(reject("val_check_interval", repr(value), "a float in (0, 1]", "Give an integer to count batches."))
@@ -328,17 +365,17 @@ def _val_interval(value: object) -> tuple[int | float, float | None]:
 
 def _seconds(name: str, value: object) -> float:
     """Seconds in a timedelta, "DD:HH:MM:SS", or {"minutes": 5}."""
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, Mapping):
+    if isinstance(value, (timedelta, Mapping)):
         try:
-            return timedelta(**value).total_seconds()
+            seconds = (value if isinstance(value, timedelta) else timedelta(**value)).total_seconds()
         except TypeError as error:
             raise OptionError(reject(name, repr(value), "keys of datetime.timedelta", "E.g. {'minutes': 5}.")) from error
+        if seconds < 0:
+            raise OptionError(reject(name, repr(value), "a time that has not passed", "E.g. {'minutes': 5}."))
+        return seconds
     parts = str(value).split(":")
     if len(parts) == 4 and all(p.strip().isdigit() for p in parts):
-        days, hours, minutes, seconds = map(int, parts)
-        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+        return timedelta(**dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts), strict=True))).total_seconds()
     raise OptionError(reject(name, repr(value), '"DD:HH:MM:SS", a timedelta or a dict', 'Five minutes is "00:00:05:00".'))
 
 

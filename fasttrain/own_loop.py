@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from fasttrain.errors import ModuleError, NonFiniteError, reject
-from fasttrain.graphs.capture import Step, capture_step, dry_look
+from fasttrain.graphs.capture import capture_step, dry_look
+from fasttrain.graphs.step import Step
 from fasttrain.module import attached
 from fasttrain.run import Run
-from fasttrain.schedules import check_parameters, parse_optimizers, step_schedulers
+from fasttrain.schedules import moved_schedulers, step_schedulers
 from fasttrain.setup import make_maker, place_module
 
 
@@ -21,10 +22,7 @@ class OwnLoop:
     def __init__(self, run: Run) -> None:
         self._run = run
         place_module(run)
-        optimizer, run.schedulers = parse_optimizers(run.trainable.configure_optimizers())
-        check_parameters(optimizer, run.trainable.module)
-        run.facade.set_optimizers([optimizer])
-        run.maker = make_maker(run, optimizer)
+        run.maker = make_maker(run)
         run.facade.state.stage = "train"
         self._step: Step | None = None
 
@@ -46,6 +44,7 @@ class OwnLoop:
             progress.window_open += 1
             if last:
                 self._update(self._step)
+        progress.batches_seen += 1
         if out.loss is None:
             raise ModuleError(
                 reject("what training_step returned to trainer.step", None, "a loss", "Leave such batches out of your own loop.")
@@ -58,6 +57,10 @@ class OwnLoop:
         progress.window_open = 0
         if stepped > 0:
             progress.global_step += stepped
-            step_schedulers(run, [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau], progress.global_step)
+            by_step = [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau]
+            if len(step.moved) == 1:
+                step_schedulers(run, by_step, progress.global_step)
+            else:
+                moved_schedulers(run, by_step, step.moved)
         elif run.options.nonfinite == "raise" and run.maker is not None and run.maker.scaler is None:
             raise NonFiniteError(f"step {progress.global_step}: the loss or a gradient is not finite; the weights are as before it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,51 @@ class LogKey(NamedTuple):
     @property
     def epoch_name(self) -> str:
         return f"{self.name}_epoch" if self.on_step else self.name
+
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """What one hook may not change from one call to the next."""
+        return self[1:6]
+
+    def check_same(self, other: LogKey) -> None:
+        """Raise ModuleError when ``other``, of the same name, was logged with other arguments."""
+        if self.how != other.how:
+            one, two = (", ".join(f"{n}={v!r}" for n, v in zip(LogKey._fields[1:6], k.how, strict=True)) for k in (self, other))
+            raise ModuleError(
+                f"self.log({self.name!r}): logged twice with other arguments, ({one}) and ({two}). Use the same arguments, or another name."
+            )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Reduction:
+    """A user's ``reduce_fx``. Two that one line of code made, a lambda in a step say, are the same."""
+
+    function: Callable[[Tensor], Any]
+
+    def __call__(self, values: Tensor) -> Any:
+        return self.function(values)
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "__qualname__", repr(self.function))
+
+    def __hash__(self) -> int:
+        return hash(getattr(self.function, "__code__", self.function))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reduction):
+            return False
+        mine, theirs = self.function, other.function
+        code = getattr(mine, "__code__", None)
+        if mine is theirs or code is None or code != getattr(theirs, "__code__", None):
+            return bool(mine == theirs)
+        pairs = list(zip_longest(_bound(mine), _bound(theirs)))
+        return all(a is b or (isinstance(a, (int, float, str)) and a == b) for a, b in pairs)
+
+
+def _bound(function: Any) -> list[Any]:
+    """What a function was made with: its defaults, its object and the variables around it."""
+    cells = [c.cell_contents for c in function.__closure__ or ()]
+    return [*(function.__defaults__ or ()), getattr(function, "__self__", None), *cells]
 
 
 @dataclass
@@ -106,63 +152,64 @@ def is_metric(value: Any) -> bool:
     return hasattr(value, "compute") and hasattr(value, "update")
 
 
+_Row = tuple[tuple[LogKey, ...], Sequence[Any], int]  # one step's keys, values and batch size
+
+
 class MetricStore:
     """Logged values of one stage over one epoch. ``append`` is the only call a steady step makes."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, _Column] = {}
-        self._keys: tuple[LogKey, ...] = ()
-        self._rows: list[tuple[Sequence[Any], int]] = []
-        self._last: dict[str, tuple[LogKey, Any]] = {}
+        self._columns: dict[tuple[str, str], _Column] = {}  # by hook and name: each hook's values are reduced by themselves
+        self._keys: dict[int, tuple[LogKey, ...]] = {}  # of the pending rows, by id: one tuple for each kind of step
+        self._rows: list[_Row] = []
+        self._last: dict[tuple[str, str], tuple[LogKey, Any]] = {}
 
     def append(self, keys: tuple[LogKey, ...], values: Sequence[Any], batch_size: int) -> None:
         """Keep one step's values (device tensors or numbers, in the order of ``keys``); reads nothing."""
-        if keys is not self._keys:
-            self._change_keys(keys)
-        self._rows.append((values, batch_size))
+        if id(keys) not in self._keys:
+            for key in keys:
+                self._column(key)
+            self._keys[id(keys)] = keys
+        self._rows.append((keys, values, batch_size))
         if len(self._rows) >= FLUSH_EVERY:
             self.flush()
 
-    def log(self, key: LogKey, value: Any, batch_size: int) -> None:
-        """One value logged outside the captured step."""
+    def log(self, key: LogKey, value: Any, batch_size: int, hook: str) -> None:
+        """One value logged in ``hook``, outside the captured step."""
         if not is_metric(value):
             value = as_scalar(value)
-        self._column(key).fold([value], [float(key.batch_size or batch_size)])
+        self._column(key, hook).fold([value], [float(key.batch_size or batch_size)])
         if key.on_step:
-            self._last[key.name] = (key, value)
+            self._last[hook, key.name] = (key, value)
 
-    def _column(self, key: LogKey) -> _Column:
+    def _column(self, key: LogKey, hook: str = "") -> _Column:
         if not (key.on_step or key.on_epoch):
             raise ModuleError(f"self.log({key.name!r}, on_step=False, on_epoch=False): nobody would hear of it. Set one of them.")
-        column = self._columns.setdefault(key.name, _Column(key))
-        if column.key[1:6] != key[1:6]:
-            raise ModuleError(
-                f"self.log({key.name!r}): logged twice with other arguments, {column.key[1:6]} and {key[1:6]}. "
-                "Use the same arguments, or another name."
-            )
+        column = self._columns.setdefault((hook, key.name), _Column(key))
+        column.key.check_same(key)
         return column
-
-    def _change_keys(self, keys: tuple[LogKey, ...]) -> None:
-        self.flush()
-        for key in keys:
-            self._column(key)
-        self._keys = keys
 
     def flush(self) -> None:
         """Fold the pending rows into the running reductions."""
-        rows, self._rows = self._rows, []
-        if not rows:
-            return
-        for i, key in enumerate(self._keys):
-            self._column(key).fold([r[0][i] for r in rows], [float(key.batch_size or r[1]) for r in rows])
-            if key.on_step:
-                self._last[key.name] = (key, rows[-1][0][i])
+        self._last |= self._pending()
+        (rows, self._rows), (kinds, self._keys) = (self._rows, []), (self._keys, {})
+        for keys in kinds.values():
+            mine = rows if len(kinds) == 1 else [r for r in rows if r[0] is keys]
+            for i, key in enumerate(keys):
+                self._column(key).fold([r[1][i] for r in mine], [float(key.batch_size or r[2]) for r in mine])
+
+    def _pending(self) -> dict[tuple[str, str], tuple[LogKey, Any]]:
+        """The newest values (``on_step`` ones) among the pending rows: of the last row of each kind, the later one last."""
+        newest: dict[int, _Row] = {}
+        for row in reversed(self._rows):
+            newest.setdefault(id(row[0]), row)
+            if len(newest) == len(self._keys):
+                break
+        return {("", k.name): (k, v) for r in reversed(newest.values()) for k, v in zip(r[0], r[1], strict=True) if k.on_step}
 
     def _newest(self) -> Iterator[tuple[LogKey, Any]]:
-        newest = dict(self._last)
-        if self._rows:
-            newest |= {k.name: (k, v) for k, v in zip(self._keys, self._rows[-1][0], strict=True) if k.on_step}
-        return iter(newest.values())
+        newest = self._last | self._pending()
+        return (newest[at] for at in self._columns if at in newest)
 
     def at_step(self) -> MetricView:
         """The values of the newest step (``on_step`` ones)."""
@@ -194,18 +241,19 @@ class MetricStore:
         """What a checkpoint in mid-epoch needs of the running reductions, as tensors and plain data."""
         self.flush()
         out: dict[str, Any] = {}
-        for name, c in self._columns.items():
+        for (hook, name), c in self._columns.items():
             if callable(c.key.reduce_fx) or c.metric is not None:
                 continue
-            out[name] = {"key": list(c.key), "total": c.total, "weight": c.weight, "last": self._last.get(name, (c.key, None))[1]}
+            last = self._last.get((hook, name), (c.key, None))[1]
+            out[str(len(out))] = {"hook": hook, "key": list(c.key), "total": c.total, "weight": c.weight, "last": last}
         return out
 
     def load(self, state: Mapping[str, Any]) -> None:
-        for name, s in state.items():
+        for s in state.values():
             key = LogKey(*s["key"])
-            self._columns[name] = _Column(key, total=s["total"], weight=s["weight"])
+            self._columns[s["hook"], key.name] = _Column(key, total=s["total"], weight=s["weight"])
             if s["last"] is not None:
-                self._last[name] = (key, s["last"])
+                self._last[s["hook"], key.name] = (key, s["last"])
 
 
 @dataclass
@@ -309,4 +357,4 @@ def reduce_named(fx: Any) -> Any:
         fx = {"avg": "mean"}.get(fx, fx)
         if fx not in ("mean", "sum", "min", "max"):
             raise ModuleError(f"self.log: got reduce_fx={fx!r}; wanted 'mean', 'sum', 'min', 'max' or a function.")
-    return fx
+    return Reduction(fx) if callable(fx) else fx

@@ -13,8 +13,6 @@ from torch import Tensor
 from fasttrain import checkpoint as disk
 from fasttrain.errors import CheckpointError
 from fasttrain.graphs.capture import as_decided
-from fasttrain.graphs.compile import CompileStep
-from fasttrain.graphs.verify import VerifiedStep
 from fasttrain.run import Run
 from fasttrain.state import rng_state
 
@@ -44,18 +42,25 @@ def _training_state(run: Run) -> dict[str, Any]:
         saved["phase"] = ""  # a stop in mid-epoch: whoever resumes goes on with the epoch
     return {
         "progress": saved,
-        "optimizer_states": [maker.optimizer.state_dict()],
+        "optimizer_states": [o.state_dict() for o in maker.optimizers],
         "lr_schedulers": [c.scheduler.state_dict() for c in run.schedulers],
         "scaler": maker.scaler.state_dict() if maker.scaler else None,
         "callbacks": run.callbacks.state_dict(),
         "rng": rng_state() | (run.train.streams() if run.train is not None else {}),
         "epoch_rng": run.epoch_rng,
-        "open_gradients": run.step.gradients() if run.step is not None and progress.window_open else None,
+        "open_gradients": _open_gradients(run),
         "train_metrics": facade.train_store.state(),
         "known_metrics": dict(facade.callback_metrics),
         "datamodule": _datamodule_state(facade.datamodule),
+        "loaders": run.asked,
         "decided": _decided(run),
     }
+
+
+def _open_gradients(run: Run) -> dict[str, Tensor] | None:
+    """Of an open window; under manual optimization whatever the module has gathered."""
+    manual = run.trainable.form == "manual"
+    return (run.step.gradients() or None) if run.step is not None and (manual or run.facade.progress.window_open) else None
 
 
 def _datamodule_state(datamodule: Any) -> Any:
@@ -139,8 +144,14 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
             f"the checkpoint has {len(saved['lr_schedulers'])} schedulers and configure_optimizers returned {len(run.schedulers)}. "
             "Return the same ones."
         )
+    if len(saved["optimizer_states"]) != len(maker.optimizers):
+        raise CheckpointError(
+            f"the checkpoint has {len(saved['optimizer_states'])} optimizers and configure_optimizers returned {len(maker.optimizers)}. "
+            "Return the same ones."
+        )
     try:
-        maker.optimizer.load_state_dict(saved["optimizer_states"][0])
+        for optimizer, state in zip(maker.optimizers, saved["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
     except ValueError as error:
         raise CheckpointError(
             f"the checkpoint's optimizer does not fit this one: {error}. Return the same optimizer and groups."
@@ -163,8 +174,9 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
 def complete_report(run: Run) -> None:
     """What only the running step knows: traces, direct calls, obstacles met on the way."""
     step, report = run.step, run.report
-    step = step.active if isinstance(step, VerifiedStep) else step
-    if isinstance(step, CompileStep):
-        report.traces, report.compile_s = step.traces, step.compile_s
-        report.direct, report.why_guarded = step.call.direct, step.call.why_guarded
-        report.obstacles += [o for o in step.obstacles if o not in report.obstacles]
+    if step is None or not step.calls:
+        return
+    report.traces, report.compile_s = sum(c.traces for c in step.calls), sum(c.compile_s for c in step.calls)
+    report.direct = all(c.direct for c in step.calls)
+    report.why_guarded = next((c.why_guarded for c in step.calls if not c.direct), "")
+    report.obstacles += [o for o in step.obstacles if o not in report.obstacles]

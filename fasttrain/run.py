@@ -14,9 +14,11 @@ from fasttrain.callbacks.hooks import CallbackList
 from fasttrain.data import Source
 from fasttrain.display import Display
 from fasttrain.facade import SchedulerConfig, TrainerFacade
-from fasttrain.graphs.capture import Step, StepMaker
 from fasttrain.graphs.evalstep import EvalStep
+from fasttrain.graphs.maker import StepMaker
+from fasttrain.graphs.manual import Verbs
 from fasttrain.graphs.program import StepSpec
+from fasttrain.graphs.step import Step
 from fasttrain.module import Trainable, to_device
 from fasttrain.options import Options
 from fasttrain.reach import reaches
@@ -33,6 +35,7 @@ class Run:
     options: Options
     facade: TrainerFacade
     callbacks: CallbackList
+    verbs: Verbs
     spec: StepSpec
     display: Display
     ledger: Ledger
@@ -40,6 +43,8 @@ class Run:
     maker: StepMaker | None = None
     train: Source | None = None
     val: list[Source] = field(default_factory=list)
+    given: tuple[Any, Any, Any] = (None, None, None)  # to fit: training loaders, validation loaders, datamodule
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)  # in which epoch "train" and "val" were, and the streams before it
     report: CaptureReport = field(default_factory=CaptureReport)
     step: Step | None = None
     eval_steps: dict[tuple[str, int], EvalStep] = field(default_factory=dict)  # by stage and loader
@@ -55,9 +60,21 @@ class Run:
 
     def fire(self, hook: str, *args: Any) -> Any:
         """Callbacks first, then the module; returns what the module's hook returned."""
+        self.trainable.sink.hook = hook
         for call in self.calls(hook):
             call(self.facade, self.trainable.module, *args)
         return self.trainable.call(hook, *args)
+
+    def fire_in_step(self, hook: str, *args: Any) -> None:
+        """A hook inside the step: callbacks get what they have always got; a module's hook of the years of several
+        optimizers may take the optimizer's index too."""
+        self.trainable.sink.hook = hook
+        for call in self.calls(hook):
+            call(self.facade, self.trainable.module, *args[:1])
+        if len(args) < 2:
+            self.trainable.call(hook, *args)
+        elif hook in self.trainable.hooks:
+            self.trainable.call_named(hook, optimizer=args[0], optimizer_idx=args[1])
 
     def calls(self, hook: str) -> tuple[Callable[..., Any], ...]:
         """The callbacks' methods for a hook; none for the older names that only modules have."""
@@ -87,7 +104,8 @@ class Run:
         if any(not type(s).__module__.startswith("torch.optim.") for s in schedulers):
             return True
         lambdas = [getattr(s, "lr_lambdas", None) for s in schedulers]
-        return reaches([None if source is None or source.road == "tensors" else source.loader, lambdas], targets)
+        loaders = [p.loader for p in source.parts if p.road != "tensors"] if source is not None else []
+        return reaches([*loaders, lambdas], targets)
 
     def transfer(self, dataloader_idx: int = 0) -> Callable[[Any], Any] | None:
         """What brings a batch to the device; None when it is there already and nobody overrides the way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,42 +12,56 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fasttrain.errors import FasttrainWarning, ModuleError, reject
 from fasttrain.facade import SchedulerConfig
+from fasttrain.forms import Form
 from fasttrain.run import Run
 
-FORMS = "an optimizer, ([optimizer], [scheduler]) or {'optimizer': ..., 'lr_scheduler': ...}"
-KEYS = ("scheduler", "interval", "frequency", "monitor", "strict", "reduce_on_plateau", "name")
+FORMS = "an optimizer, several, ([optimizers], [schedulers]) or {'optimizer': ..., 'lr_scheduler': ...}"
+KEYS = ("scheduler", "interval", "frequency", "monitor", "strict", "reduce_on_plateau", "name", "opt_idx")
 
 
-def parse_optimizers(returned: Any) -> tuple[Optimizer, list[SchedulerConfig]]:
-    """The one optimizer and its schedulers out of what ``configure_optimizers`` returned."""
+class Parsed(NamedTuple):
+    """What ``configure_optimizers`` returned."""
+
+    optimizers: list[Optimizer]
+    frequencies: list[int] | None  # batches in a row that each owns; None: every optimizer has every batch
+    schedulers: list[SchedulerConfig]
+
+
+def parse_optimizers(returned: Any, form: Form) -> Parsed:
+    """The optimizers, whose turn is when, and the schedulers out of what ``configure_optimizers`` returned."""
     what = "what configure_optimizers returned"
+    if returned is None and form == "manual":
+        return Parsed([], None, [])
     if returned is None:
         raise ModuleError(reject(what, None, FORMS, "Return the optimizer you built."))
-    optimizers, schedulers, monitor = _split(returned, what)
-    if len(optimizers) != 1:
+    optimizers, schedulers, frequencies = _split(returned, what)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "param_groups"):
+            raise ModuleError(reject(what, type(optimizer).__name__, FORMS, "Return a torch.optim.Optimizer."))
+    if not optimizers:
+        raise ModuleError(reject(what, "no optimizer", FORMS, "Return the optimizer you built."))
+    if len(optimizers) > 1 and form == "single":
         raise ModuleError(
-            reject(
-                what,
-                f"{len(optimizers)} optimizers",
-                "one optimizer",
-                "Several optimizers are not trained by this version; "
-                "put the parameters into groups of one optimizer where the algorithm allows.",
-            )
-        )
-    if not isinstance(optimizers[0], Optimizer) and not hasattr(optimizers[0], "param_groups"):
-        raise ModuleError(reject(what, type(optimizers[0]).__name__, FORMS, "Return a torch.optim.Optimizer."))
-    configs = [_config(s, monitor) for s in schedulers if s is not None]
-    for config in configs:
-        moved = getattr(config.scheduler, "optimizer", optimizers[0])
-        if isinstance(moved, Optimizer) and moved is not optimizers[0]:
-            name = type(config.scheduler).__name__
-            raise ModuleError(reject("lr_scheduler", f"a {name} of another optimizer", "one of the optimizer that is returned",
-                                     f"It would move nothing: build {name}(optimizer, ...) over that optimizer."))  # fmt: skip
-    return optimizers[0], configs
+            reject(what, f"{len(optimizers)} optimizers, and a training_step that returns one loss", "a loss for each",
+                   "Take the turn as an argument, training_step(self, batch, batch_idx, optimizer_idx); or yield one loss for each; "
+                   "or set self.automatic_optimization = False and step them yourself.")
+        )  # fmt: skip
+    return Parsed(optimizers, _frequencies(frequencies, form), [_config(s, m, optimizers) for s, m in schedulers if s is not None])
+
+
+def _frequencies(given: list[Any], form: Form) -> list[int] | None:
+    if all(f is None for f in given) or len(given) < 2:
+        return None
+    if form != "indexed":
+        raise ModuleError(reject("frequency", given, "none in this form of training_step",
+                                 "It says whose turn a batch is: take optimizer_idx, or leave frequency out."))  # fmt: skip
+    if any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in given):
+        raise ModuleError(reject("frequency", given, "an integer >= 1 for every optimizer, or for none", "E.g. 5 and 1 for a WGAN."))
+    return given
 
 
 def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
-    """Raise ModuleError when the optimizer holds nothing of this module, or nothing that trains."""
+    """Raise ModuleError when an optimizer holds nothing of this module, or nothing that trains."""
     mine = {id(p) for p in module.parameters()}
     held = [p for g in optimizer.param_groups for p in g["params"]]
     name = type(module).__name__
@@ -62,20 +76,30 @@ def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
         raise ModuleError(f"no parameter of the optimizer trains: all {len(held)} have requires_grad=False. Unfreeze at least one.")
 
 
-def step_schedulers(run: Run, configs: Sequence[SchedulerConfig], count: int) -> None:
-    """Move the schedulers that are due at this ``count`` (steps or epochs, by their interval)."""
+def step_schedulers(run: Run, configs: Sequence[SchedulerConfig], count: int | Sequence[int]) -> None:
+    """Move the schedulers that are due at this ``count`` (steps or epochs, by their interval; steps may be told by optimizer)."""
     for config in configs:
-        if count % config.frequency:
+        if (count if isinstance(count, int) else count[config.opt_idx]) % config.frequency:
             continue
         metric = _monitored(run, config) if config.reduce_on_plateau else None
         if config.reduce_on_plateau and metric is None:
             continue
         if "lr_scheduler_step" in run.trainable.hooks:
-            run.trainable.call("lr_scheduler_step", config.scheduler, metric)
+            run.trainable.call_named("lr_scheduler_step", scheduler=config.scheduler, optimizer_idx=config.opt_idx, metric=metric)
         elif config.reduce_on_plateau:
             config.scheduler.step(metric)
         else:
             config.scheduler.step()
+
+
+def moved_schedulers(run: Run, configs: Sequence[SchedulerConfig], moved: Sequence[int]) -> None:
+    """After an update of several optimizers: the schedulers of those that ``moved``, by each one's own count of steps."""
+    steps = run.facade.progress.optimizer_steps
+    steps.extend([0] * (len(moved) - len(steps)))
+    for i, n in enumerate(moved):
+        for _ in range(n):
+            steps[i] += 1
+            step_schedulers(run, [c for c in configs if c.opt_idx == i], steps[i])
 
 
 def _monitored(run: Run, config: SchedulerConfig) -> Any:
@@ -92,28 +116,30 @@ def _monitored(run: Run, config: SchedulerConfig) -> Any:
     return None
 
 
-def _split(returned: Any, what: str) -> tuple[list[Any], list[Any], str | None]:
+def _split(returned: Any, what: str) -> tuple[list[Any], list[tuple[Any, str | None]], list[Any]]:
+    """Optimizers, schedulers each with the monitor named beside it, and the frequency of each optimizer."""
     if isinstance(returned, Mapping):
         if "optimizer" not in returned:
             raise ModuleError(reject(what, f"a dict with keys {sorted(returned)}", FORMS, "Give it the key 'optimizer'."))
         unknown = sorted(str(k) for k in returned if k not in ("optimizer", "lr_scheduler", "monitor", "frequency"))
         if unknown:
             message = f"{what}: got keys {unknown} that nobody reads; wanted 'optimizer', 'lr_scheduler', 'monitor'. Correct the keys."
-            warnings.warn(message, FasttrainWarning, stacklevel=5)
+            warnings.warn(message, FasttrainWarning, stacklevel=6)
         scheduler = returned.get("lr_scheduler")
         many = list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
-        return [returned["optimizer"]], many, returned.get("monitor")
+        return [returned["optimizer"]], [(s, returned.get("monitor")) for s in many], [returned.get("frequency")]
     if isinstance(returned, (list, tuple)):
         if len(returned) == 2 and isinstance(returned[0], (list, tuple)):
-            return list(returned[0]), list(returned[1] or []), None
+            optimizers = list(returned[0])
+            return optimizers, [(s, None) for s in returned[1] or []], [None] * len(optimizers)
         if returned and all(isinstance(r, Mapping) for r in returned):
             parts = [_split(r, what) for r in returned]
-            return [o for p in parts for o in p[0]], [s for p in parts for s in p[1]], parts[0][2]
-        return list(returned), [], None
-    return [returned], [], None
+            return [o for p in parts for o in p[0]], [s for p in parts for s in p[1]], [f for p in parts for f in p[2]]
+        return list(returned), [], [None] * len(returned)
+    return [returned], [], [None]
 
 
-def _config(scheduler: Any, monitor: str | None) -> SchedulerConfig:
+def _config(scheduler: Any, monitor: str | None, optimizers: Sequence[Optimizer]) -> SchedulerConfig:
     given = dict(scheduler) if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
     unknown = [k for k in given if k not in KEYS]
     if unknown or "scheduler" not in given:
@@ -134,4 +160,11 @@ def _config(scheduler: Any, monitor: str | None) -> SchedulerConfig:
         raise ModuleError(
             "ReduceLROnPlateau without a monitor: say which metric it watches, {'scheduler': scheduler, 'monitor': 'val_loss'}."
         )
+    moves = getattr(made.scheduler, "optimizer", None)
+    found = [i for i, o in enumerate(optimizers) if o is moves]
+    if isinstance(moves, Optimizer) and not found:
+        name = type(made.scheduler).__name__
+        raise ModuleError(reject("lr_scheduler", f"a {name} of another optimizer", "one of an optimizer that is returned",
+                                 f"It would move nothing: build {name}(optimizer, ...) over that optimizer."))  # fmt: skip
+    made.opt_idx = found[0] if found else 0
     return made

@@ -5,25 +5,27 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler
 
 from fasttrain import resume
 from fasttrain.callbacks.adopt import adopt
 from fasttrain.callbacks.hooks import CallbackList
 from fasttrain.callbacks.model_checkpoint import ModelCheckpoint
-from fasttrain.data import Source, as_sources
 from fasttrain.display import Display
-from fasttrain.errors import DataError, FasttrainWarning, OptionError, reject
+from fasttrain.errors import DataError, FasttrainWarning, ModuleError, OptionError, reject
 from fasttrain.facade import TrainerFacade
-from fasttrain.graphs.capture import StepMaker
+from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.maker import StepMaker
+from fasttrain.graphs.manual import Verbs
 from fasttrain.graphs.program import TRUE_DTYPES, StepSpec
 from fasttrain.graphs.tail import LossScale
+from fasttrain.loaders import open_loaders, restore
 from fasttrain.loggers.choice import make_loggers
-from fasttrain.module import IN_STEP_HOOKS, Trainable, overridden
+from fasttrain.module import IN_STEP_HOOKS, Trainable
 from fasttrain.options import Options
 from fasttrain.progress import make_progress
 from fasttrain.results import Ledger
@@ -41,6 +43,9 @@ def make_run(trainable: Trainable, options: Options, fn: str) -> Run:
     callbacks = [c for c in map(adopt, given) if c is not None]
     if fn == "fit" and options.enable_checkpointing and not any(hasattr(c, "best_model_path") for c in callbacks):
         callbacks.append(ModelCheckpoint())
+    if options.barebones and (saves := next((c for c in callbacks if hasattr(c, "best_model_path")), None)):
+        came = type(saves).__name__
+        raise OptionError(reject("callbacks", came, "none that saves, because barebones=True", "Leave one of the two out."))
     if options.fast_dev_run:
         callbacks = [c for c in callbacks if not hasattr(c, "best_model_path") and type(c).__name__ != "EarlyStopping"]
     listed = CallbackList(callbacks)
@@ -48,10 +53,14 @@ def make_run(trainable: Trainable, options: Options, fn: str) -> Run:
     keep = bool(listed.calls("on_train_batch_end")) and any(
         c.__module__.split(".")[0] != "fasttrain" for c in map(_owner, listed.calls("on_train_batch_end"))
     )
-    keep = keep or bool(trainable.hooks & {"on_train_batch_end", "on_batch_end", "training_step_end", "training_epoch_end"})
-    trainable.sink.outside = facade.log_outside
+    keep = keep or bool(trainable.hooks & {"on_train_batch_end", "training_epoch_end"})
+    keep = keep or trainable.split_length > 0  # the next split wants its hidden state
+    trainable.sink.outside, trainable.sink.off = facade.log_outside, options.barebones
+    verbs = Verbs()
+    trainable.verbs = verbs.named()
     return Run(
         trainable=trainable,
+        verbs=verbs,
         options=options,
         facade=facade,
         callbacks=listed,
@@ -84,6 +93,8 @@ def set_up(run: Run, fn: str, datamodule: Any) -> None:
     """Folders, ``prepare_data``, ``setup``, the module on its device and in its precision."""
     if isinstance(datamodule, type):
         raise DataError(reject("datamodule", f"the class {datamodule.__name__}", "a datamodule", f"Give {datamodule.__name__}()."))
+    with suppress(AttributeError):  # None, or an object that takes no attribute
+        datamodule.trainer = run.facade
     if fn == "fit":
         _open_loggers(run)
     if hasattr(datamodule, "prepare_data"):
@@ -108,32 +119,18 @@ def place_module(run: Run) -> None:
 
 def prepare_training(run: Run, train: Any, val: Any, datamodule: Any, ckpt_path: Any) -> None:
     """Loaders, optimizer and schedulers, checked; a checkpoint put back. Nothing has been compiled."""
-    facade, options, trainable = run.facade, run.options, run.trainable
-    run.train = _train_source(run, _loader(run, "train_dataloader", train, datamodule))
-    val = _loader(run, "val_dataloader", val, datamodule, optional=True)
-    if val is not None and not trainable.has("validate"):
-        warnings.warn(
-            f"a validation loader was given, but {type(trainable.module).__name__} has no validation_step: nothing is validated. "
-            "Define validation_step(self, batch, batch_idx).",
-            FasttrainWarning,
-            stacklevel=3,
-        )
-        val = None
-    run.val = as_sources(val, name="val_dataloaders", limit=options.limit_val_batches, limit_name="limit_val_batches")
-    facade.train_dataloader, facade.val_dataloaders = run.train.loader, val
-    facade.num_training_batches, facade.num_val_batches = run.train.batches, [s.batches for s in run.val]
+    facade, options = run.facade, run.options
+    open_loaders(run, train, val, datamodule)
     run.fire("on_pretrain_routine_start")
     saved = resume.find(run, ckpt_path) if ckpt_path is not None else None
     if saved is not None:
         resume.load_module(run, saved)
-    optimizer, run.schedulers = parse_optimizers(trainable.configure_optimizers())
-    check_parameters(optimizer, trainable.module)
-    facade.set_optimizers([optimizer])
-    facade.lr_scheduler_configs = run.schedulers
-    run.maker = make_maker(run, optimizer)
+    run.maker = make_maker(run)
     facade.write_checkpoint = lambda path, weights_only: resume.save(run, path, weights_only)
     if saved is not None:
         resume.load_training(run, saved)
+        if "loaders" in saved:
+            restore(run, saved["loaders"])
     if not options.epochs_were_set:
         warnings.warn(
             "neither max_epochs, max_steps nor max_time was given: training runs for 1000 epochs. Give max_epochs=n (-1: no limit).",
@@ -144,76 +141,42 @@ def prepare_training(run: Run, train: Any, val: Any, datamodule: Any, ckpt_path:
     run.fire("on_pretrain_routine_end")
 
 
-def make_maker(run: Run, optimizer: torch.optim.Optimizer) -> StepMaker:
-    """What every rung of this run is made of."""
-    live = frozenset(h for h in IN_STEP_HOOKS if h in run.trainable.hooks or run.calls(h))
-    scaler = LossScale(run.spec.device) if run.options.precision == "16-mixed" else None
-    return StepMaker(
-        trainable=run.trainable,
-        spec=run.spec,
-        optimizer=optimizer,
-        options=run.options,
-        scaler=scaler,
-        fire=run.fire,
-        live=live,
-        say=run.display.line,
-        workers=run.train.workers if run.train else 0,
-    )
+def make_maker(run: Run) -> StepMaker:
+    """``configure_optimizers``, checked, and what every rung of this run is made of."""
+    trainable, options, facade = run.trainable, run.options, run.facade
+    _check_form(run)
+    parsed = parse_optimizers(trainable.configure_optimizers(), trainable.form)
+    for optimizer in parsed.optimizers:
+        check_parameters(optimizer, trainable.module)
+    run.schedulers = facade.lr_scheduler_configs = parsed.schedulers
+    facade.set_optimizers(parsed.optimizers)
+    schedulers = [c.scheduler for c in parsed.schedulers]
+    run.verbs.bind(parsed.optimizers, schedulers)
+    maker = StepMaker(
+        trainable=trainable, spec=run.spec, optimizers=parsed.optimizers, options=options,
+        scaler=LossScale(run.spec.device) if options.precision == "16-mixed" else None,
+        hooks=InStepHooks(trainable, run.fire_in_step, frozenset(h for h in IN_STEP_HOOKS if h in trainable.hooks or run.calls(h))),
+        say=run.display.line, frequencies=parsed.frequencies, schedulers=schedulers, verbs=run.verbs,
+        seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
+    )  # fmt: skip
+    if trainable.form == "manual":
+        run.schedulers = []  # they move when the module moves them
+    return maker
 
 
-def evaluation_sources(run: Run, stage: str, loaders: Any, datamodule: Any) -> list[Source]:
-    """The loaders of validate, test or predict. Raises DataError when there is none."""
-    short = {"validate": "val", "test": "test", "predict": "predict"}[stage]
-    loader = _loader(run, f"{short}_dataloader", loaders, datamodule)
-    limit = getattr(run.options, f"limit_{short}_batches")
-    return as_sources(loader, name=f"{short}_dataloaders", limit=limit, limit_name=f"limit_{short}_batches")
-
-
-def _loader(run: Run, hook: str, given: Any, datamodule: Any, *, optional: bool = False) -> Any:
-    """What was given, else the datamodule's, else the module's own loader."""
-    if isinstance(given, torch.nn.Module):
-        came = f"a module ({type(given).__name__})"
-        raise DataError(reject(hook, came, "a loader", "compile_fit has the module: call fit(train_loader)."))
-    if given is not None and hasattr(given, "train_dataloader") and hasattr(given, "setup"):
-        raise DataError(reject(hook, type(given).__name__, "a loader", "A datamodule goes in as fit(datamodule=dm)."))
-    if given is not None and datamodule is not None:
-        raise DataError(f"{hook}: both a loader and a datamodule were given. Give one of them.")
-    if given is not None:
-        return given
-    if datamodule is not None and callable(getattr(datamodule, hook, None)) and _really(datamodule, hook):
-        return getattr(datamodule, hook)()
-    if hook in run.trainable.hooks:
-        return run.trainable.call(hook)
-    if optional:
-        return None
-    raise DataError(reject(hook, "nothing", "a DataLoader", f"Give it to the call, in a datamodule, or define {hook}() on the module."))
-
-
-def _really(datamodule: Any, hook: str) -> bool:
-    """A Lightning datamodule without this loader has one that only raises; ours to pass over."""
-    return overridden(datamodule, hook)
-
-
-def _train_source(run: Run, loader: Any) -> Source:
-    if run.options.overfit_batches and isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        loader = DataLoader(
-            loader.dataset,
-            batch_size=loader.batch_size,
-            shuffle=False,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            drop_last=loader.drop_last,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-            generator=loader.generator,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
-        warnings.warn("overfit_batches turns shuffling of the training loader off.", FasttrainWarning, stacklevel=4)
-    if isinstance(loader, (list, tuple)) and loader and all(isinstance(x, DataLoader) for x in loader):
-        raise DataError(
-            reject("train_dataloaders", f"{len(loader)} loaders", "one loader", "Combine the datasets, e.g. with ConcatDataset.")
-        )
-    return Source(loader, name="train_dataloaders", limit=run.options.limit_train_batches, limit_name="limit_train_batches")
+def _check_form(run: Run) -> None:
+    """What a manual step does by itself must not be asked of the loop too."""
+    options, name = run.options, type(run.trainable.module).__name__
+    if run.trainable.form != "manual":
+        return
+    if max(options.accumulate_grad_batches.values()) > 1:
+        raise OptionError(f"accumulate_grad_batches: {name} has automatic_optimization=False and decides itself when to call step(). "
+                          "Leave the option out, and step every k batches in training_step.")  # fmt: skip
+    if options.gradient_clip_val is not None:
+        raise OptionError(f"gradient_clip_val: {name} has automatic_optimization=False. Leave the option out, and call "
+                          "self.clip_gradients(optimizer, gradient_clip_val=...) before step().")  # fmt: skip
+    if run.trainable.split_length:
+        raise ModuleError(f"truncated_bptt_steps: {name} has automatic_optimization=False. Split the batch in training_step.")
 
 
 def _open_loggers(run: Run) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import copy
 import random
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -24,17 +25,22 @@ class Progress:
     batches_done: int = 0  # in this epoch
     batches_seen: int = 0  # over all epochs
     stepping_batches: int = 0  # batches that ended a window before the current one; the loggers' x axis
+    validated_step: int = 0  # global_step at the newest validation
     window_open: int = 0  # batches in the window since the last step
+    optimizer_steps: list[int] = field(default_factory=list)  # of each optimizer, where there are several
     divisor: int = 1  # what the open window's losses are divided by
     epoch_open: bool = False
     phase: str = ""  # hooks that may save are running: "batch_end" | "validation" | "epoch_end"; says what a resume still owes
+    restarting: bool = False  # until the first batch after a resume
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {k: v for k, v in copy.deepcopy(vars(self)).items() if k != "restarting"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in vars(self):
-            setattr(self, name, state[name])
+            if name in state:
+                setattr(self, name, copy.deepcopy(state[name]))
+        self.restarting = True
 
 
 def rng_state() -> dict[str, Any]:
@@ -63,13 +69,16 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 class Snapshot:
-    """Weights, buffers, slots, gradients, random streams and plain attributes of a module, to be put back bit for bit."""
+    """Weights, buffers, slots, gradients, random streams and plain attributes of a module, to be put back bit for bit.
 
-    def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None) -> None:
+    ``others``: further objects (schedulers) whose plain attributes are kept too.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None, others: Sequence[Any] = ()) -> None:
         self._module = module
         self._tensors = [(t, t.detach().clone()) for t in _tensors(module)]
         self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
-        holders: list[Any] = [*module.modules(), *_helpers(module), *(optimizers or [])]
+        holders: list[Any] = [*module.modules(), *_helpers(module), *(optimizers or []), *others]
         self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in holders]
         self._modes = [(m, m.training) for m in module.modules()]
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers or []]

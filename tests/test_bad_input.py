@@ -367,7 +367,7 @@ def test_several_optimizers() -> None:
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
 
-    refused(ModuleError, "configure_optimizers", "2 optimizers", "one optimizer", module=Two())
+    refused(ModuleError, "configure_optimizers", "2 optimizers", "optimizer_idx", module=Two())
 
 
 def test_a_refused_fit_leaves_the_module_as_it_was() -> None:

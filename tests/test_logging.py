@@ -92,21 +92,6 @@ def test_a_key_logged_again_with_other_arguments_is_an_error() -> None:
         fast_fit(Case(Twice))
 
 
-def test_two_hooks_that_log_one_key_differently_are_an_error() -> None:
-    """The step and a hook after it log the same name, with other defaults."""
-
-    class Twice(m.Base):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.log("a", 1.0)
-            return F.cross_entropy(self(batch[0]), batch[1])
-
-        def on_train_epoch_end(self) -> None:
-            self.log("a", 2.0)
-
-    with pytest.raises(ModuleError, match="'a'"):
-        fast_fit(Case(Twice))
-
-
 @pytest.mark.parametrize(("value", "words"), [(torch.zeros(3), r"shape \[3\]"), ("text", "self.log")])
 def test_only_one_number_can_be_logged(value: Any, words: str) -> None:
     """A vector or a text is refused with what came."""

@@ -24,11 +24,12 @@ def refused(error: type[Exception], words: str, module: Any, **options: Any) -> 
 
 
 # -- mistakes that would otherwise pass unnoticed ---------------------------------------------------------------------
-def test_manual_optimization_is_refused() -> None:
-    """Trained automatically, its own optimizer.step() would come on top of ours."""
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
+def test_manual_optimization_clips_and_accumulates_by_itself(options: dict[str, Any]) -> None:
+    """The loop would do it behind the module's back, or not at all: said, with what to write instead."""
     module = m.Base()
     module.automatic_optimization = False
-    refused(ModuleError, "automatic_optimization: got False.*return the loss", module)
+    refused(OptionError, "automatic_optimization=False.*Leave the option out", module, **options)
 
 
 def test_a_scheduler_of_another_optimizer() -> None:
@@ -79,7 +80,7 @@ def test_things_in_the_loaders_place() -> None:
         compile_fit(module, **BARE).fit(datamodule=m.Data)
 
 
-@pytest.mark.parametrize("name", ["profiler", "benchmark", "reload_dataloaders_every_n_epochs"])
+@pytest.mark.parametrize("name", ["profiler", "benchmark", "sync_batchnorm"])
 def test_options_of_lightning_that_are_not_here(name: str) -> None:
     """Told apart from a misspelling."""
     with pytest.raises(OptionError, match=f"{name}' is Lightning's"):

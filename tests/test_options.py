@@ -17,7 +17,7 @@ from fasttrain.cadence import limited, validation_interval, window_length
 from fasttrain.options import RETIRED, OptionsDict, defaults, make_options
 from tests.parity import modules as m
 
-OURS = {"seed", "capture", "verify", "nonfinite", "val_every_n_steps"}
+OURS = {"seed", "capture", "verify", "nonfinite", "val_every_n_steps", "track_grad_norm"}  # the last was Lightning's until 2.0
 THEIRS = inspect.signature(pl.Trainer.__init__).parameters
 
 

@@ -31,7 +31,7 @@ def check_settings(
         got = f"{every_n_train_steps=}, {every_n_epochs=}, {train_time_interval=}"
         raise _refusal("rhythm", got, "one of the three", "Use one ModelCheckpoint for each rhythm.")
     if monitor is None and save_top_k > 1:
-        then = "Name a metric, or keep all with save_top_k=-1."
+        then = "Name a metric (monitor='checkpoint_on' for what a Result sets), or keep all with save_top_k=-1."
         raise _refusal("save_top_k", f"{save_top_k} without a monitor", "a monitor to rank by", then)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fasttrain.callbacks.agree import any_rank
 from fasttrain.callbacks.callback import Callback
-from fasttrain.callbacks.moments import is_idle, validates_once_per_epoch
+from fasttrain.callbacks.moments import has_validation, is_idle, validates_once_per_epoch
 from fasttrain.callbacks.plain import as_plain, named
 from fasttrain.callbacks.trainer_view import TrainerView
 from fasttrain.errors import OptionError, reject
 
 _LOG = logging.getLogger(__name__)
+EARLY_STOP_ON = "early_stop_on"
 
 
 class EarlyStoppingReason(Enum):
@@ -33,6 +34,8 @@ class EarlyStoppingReason(Enum):
 
 class EarlyStopping(Callback):
     """Stops when `monitor` has not improved by more than `min_delta` in `patience` checks.
+
+    Without a `monitor` it is `early_stop_on` of the EvalResult that a step returns, else that of the TrainResult.
 
     One check at the end of each epoch when validation is once an epoch, else one after each validation;
     `check_on_train_epoch_end` decides it by hand. A value past `stopping_threshold` (good enough) or
@@ -54,7 +57,7 @@ class EarlyStopping(Callback):
 
     def __init__(
         self,
-        monitor: str,
+        monitor: str | None = None,
         min_delta: float = 0.0,
         patience: int = 3,
         verbose: bool = False,
@@ -68,7 +71,7 @@ class EarlyStopping(Callback):
     ) -> None:
         if mode not in ("min", "max"):
             raise OptionError(reject("EarlyStopping(mode)", repr(mode), '"min" or "max"', "Say which way is better."))
-        if not isinstance(monitor, str) or not monitor:
+        if monitor is not None and (not isinstance(monitor, str) or not monitor):
             raise OptionError(reject("EarlyStopping(monitor)", repr(monitor), "the name of a metric", "Name it."))
         if patience < 0:
             then = "Count the checks without improvement that are allowed."
@@ -89,6 +92,7 @@ class EarlyStopping(Callback):
         self.best_score = torch.tensor(torch.inf if mode == "min" else -torch.inf)
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
+        self._validated = False
 
     @property
     def state_key(self) -> str:
@@ -123,16 +127,21 @@ class EarlyStopping(Callback):
             self._check(trainer)
 
     def on_validation_end(self, trainer: TrainerView, pl_module: Any) -> None:
-        if not self._checks_at_epoch_end(trainer) and not is_idle(trainer):
+        if is_idle(trainer):
+            return
+        self._validated = True
+        if not self._checks_at_epoch_end(trainer):
             self._check(trainer)
 
     def _checks_at_epoch_end(self, trainer: TrainerView) -> bool:
         if self.check_on_train_epoch_end is not None:
             return self.check_on_train_epoch_end
-        return validates_once_per_epoch(trainer)
+        # What only the training step sets is known when its epoch ends, however often there is validation.
+        of_training = self.monitor is None and f"val_{EARLY_STOP_ON}" not in trainer.callback_metrics
+        return of_training or validates_once_per_epoch(trainer)
 
     def _check(self, trainer: TrainerView) -> None:
-        current = self._current(trainer.callback_metrics)
+        current = self._current(trainer)
         if current is None:
             return
         reason, message = self._judge(current)
@@ -146,15 +155,20 @@ class EarlyStopping(Callback):
         if message and self.verbose and (trainer.is_global_zero or not self.log_rank_zero_only):
             _LOG.info(message)
 
-    def _current(self, metrics: Mapping[str, Tensor]) -> Tensor | None:
-        value = metrics.get(self.monitor)
+    def _current(self, trainer: TrainerView) -> Tensor | None:
+        metrics = trainer.callback_metrics
+        value = metrics.get(self.monitor or EARLY_STOP_ON)
         if value is not None:
             return value.detach().squeeze().cpu()  # host read: one number, when a check is due
+        if self.monitor is None and not self._validated and has_validation(trainer):
+            return None  # validation may bring it
         message = reject(
             "EarlyStopping(monitor)",
             repr(self.monitor),
             f"one of the metrics that exist: {named(metrics)}",
-            f"Log it with self.log({self.monitor!r}, value), name another, or pass strict=False.",
+            f"Log it with self.log({self.monitor!r}, value), name another, or pass strict=False."
+            if self.monitor is not None
+            else "Name one, or set early_stop_on in the TrainResult or EvalResult that a step returns.",
         )
         if self.strict:
             raise OptionError(message)
@@ -164,7 +178,7 @@ class EarlyStopping(Callback):
 
     def _judge(self, current: Tensor) -> tuple[EarlyStoppingReason, str | None]:
         """The verdict on one value (0-d), in the metric's own precision; keeps the best and counts the rest."""
-        better, name, value = self.monitor_op, self.monitor, f"{current.item():.6g}"
+        better, name, value = self.monitor_op, self.monitor or EARLY_STOP_ON, f"{current.item():.6g}"
         if self.check_finite and not torch.isfinite(current):
             message = f"{name} = {value} is not finite; the best before was {self.best_score.item():.6g}."
             return EarlyStoppingReason.NON_FINITE_METRIC, message

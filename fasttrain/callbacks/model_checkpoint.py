@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,10 +28,13 @@ from fasttrain.callbacks.trainer_view import TrainerView
 from fasttrain.errors import FasttrainWarning, OptionError, reject
 
 _LOG = logging.getLogger(__name__)
+CHECKPOINT_ON = "checkpoint_on"
 
 
 class ModelCheckpoint(Checkpoint):
     """Writes checkpoint directories and keeps the `save_top_k` best by `monitor`.
+
+    Without a `monitor` the newest is kept, or, where the steps return Results with `checkpoint_on`, the best by that.
 
     When: every `every_n_train_steps` optimizer steps, or every `train_time_interval`, or every `every_n_epochs`
     epochs (the default, 1): at the end of the epoch when validation is once an epoch or absent, else after each
@@ -184,7 +188,8 @@ class ModelCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: TrainerView, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._is_due(trainer) or self._must_skip(trainer):
             return
-        if self.monitor is not None and self._should_wait(trainer, self.monitor):
+        monitor = self._ranked_by(trainer.callback_metrics)
+        if monitor is not None and self._should_wait(trainer, monitor):
             self._waiting = True
         else:
             self._save(trainer)
@@ -195,7 +200,7 @@ class ModelCheckpoint(Checkpoint):
         self._validated = True
         if self._must_skip(trainer):
             return
-        if self._waiting and self.monitor in trainer.callback_metrics:
+        if self._waiting and self._ranked_by(trainer.callback_metrics) in trainer.callback_metrics:
             self._save(trainer)
         elif not self._waiting and not self._saves_at_epoch_end(trainer):
             self._save_for_epoch(trainer)
@@ -203,7 +208,7 @@ class ModelCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: TrainerView, pl_module: Any) -> None:
         if self._must_skip(trainer):
             return
-        if self._waiting and (self._validated or self.monitor in trainer.callback_metrics):
+        if self._waiting and (self._validated or self._ranked_by(trainer.callback_metrics) in trainer.callback_metrics):
             self._save(trainer)
         elif not self._waiting and self._saves_at_epoch_end(trainer):
             self._save_for_epoch(trainer)
@@ -243,6 +248,9 @@ class ModelCheckpoint(Checkpoint):
     def _must_skip(self, trainer: TrainerView) -> bool:
         return is_idle(trainer) or self._kept.saved_step == trainer.global_step
 
+    def _ranked_by(self, metrics: Mapping[str, Any]) -> str | None:
+        return CHECKPOINT_ON if self.monitor is None and CHECKPOINT_ON in metrics else self.monitor
+
     def _should_wait(self, trainer: TrainerView, monitor: str) -> bool:
         """Whether the metric is missing, or a newer value of it comes before the next batch."""
         if monitor not in trainer.callback_metrics:
@@ -275,24 +283,26 @@ class ModelCheckpoint(Checkpoint):
         """Writes if this one is worth it; gives back the paths that are no longer wanted."""
         if self.save_top_k == 0:
             return ()
-        if self.monitor is None:
+        monitor = self._ranked_by(values)
+        if monitor is None:
             old = self._kept.best_path
             path = self._free_path(trainer, values, mine=old)
             self._write(trainer, path, replace(self._saved(trainer, path), best_path=path), values)
             return (old,) if self.save_top_k == 1 else ()
-        if self.monitor not in values:
-            self._complain(trainer, self.monitor)
+        if monitor not in values:
+            self._complain(trainer, monitor)
             return ()
-        score, k = float(values[self.monitor]), self.save_top_k  # host read: one number, when a save is due
+        score, k = float(values[monitor]), self.save_top_k  # host read: one number, when a save is due
         if not all_ranks(enters(self._kept, score, k=k, mode=self.mode), trainer.world_size):
-            self._tell(trainer, f"{self.monitor} = {score:.6g} is not among the best {k}")
+            self._tell(trainer, f"{monitor} = {score:.6g} is not among the best {k}")
             return ()
-        old = leaves(self._kept, k=k)
+        unranked = self._kept.best_path if self.monitor is None and k == 1 and not self._kept.scores else ""
+        old = leaves(self._kept, k=k) or unranked  # saved before ``checkpoint_on`` was known
         path = self._free_path(trainer, values, mine=old)
-        step = trainer.metric_step(self.monitor)
+        step = trainer.metric_step(monitor)
         after = entered(self._saved(trainer, path), path, score, step, k=k, mode=self.mode)
         self._write(trainer, path, after, values)
-        self._tell(trainer, f"{self.monitor} = {score:.6g} (of step {step}), saved {path}")
+        self._tell(trainer, f"{monitor} = {score:.6g} (of step {step}), saved {path}")
         return (old,)
 
     def _save_last(self, trainer: TrainerView, values: dict[str, Any]) -> tuple[str, ...]:

@@ -2,78 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import math
 import random
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fasttrain.errors import CaptureError, DataError, FasttrainError
 from fasttrain.graphs import decisions
-from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.contract import copied, describe
-from fasttrain.graphs.eager import EagerStep, Fire
-from fasttrain.graphs.explain import hook_obstacles, obstacle_from
-from fasttrain.graphs.program import StepOutput, StepSpec, check_loss, forward
-from fasttrain.graphs.tail import LossScale, StockTail, tail_obstacle, trainable_params
-from fasttrain.graphs.verify import VerifiedStep
-from fasttrain.module import IN_STEP_HOOKS, Trainable
+from fasttrain.graphs.explain import AROUND, gradient_hooks, hook_obstacles, obstacle_from
+from fasttrain.graphs.look import look
+from fasttrain.graphs.maker import StepMaker, everyone
+from fasttrain.graphs.step import Step
+from fasttrain.graphs.tail import tail_obstacle, trainable_params
+from fasttrain.graphs.verify import verified
+from fasttrain.module import IN_STEP_HOOKS
 from fasttrain.options import Options
 from fasttrain.results import Build, CaptureReport, Obstacle
-from fasttrain.state import Snapshot
 
 SAVING = 0.3  # the least share of an eager step that compiling is expected to save when nothing was measured yet
-
-
-class Step(Protocol):
-    """One optimizer step in two calls; what every rung offers."""
-
-    rung: str
-    takes_closure: bool
-    epoch: int
-
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput: ...
-
-    def update_step(self, rescale: float) -> int: ...
-
-    def refresh(self) -> None: ...
-
-    def gradients(self) -> dict[str, Tensor]: ...
-
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None: ...
-
-
-@dataclass(kw_only=True)
-class StepMaker:
-    """Everything a rung is made of."""
-
-    trainable: Trainable
-    spec: StepSpec
-    optimizer: torch.optim.Optimizer
-    options: Options
-    scaler: LossScale | None
-    fire: Fire
-    live: frozenset[str]  # in-step hooks somebody overrides
-    say: Callable[[str], None]
-    workers: int = 0  # loader processes that want a core
-    decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
-
-    def eager(self) -> EagerStep:
-        params = trainable_params(self.optimizer)
-        return EagerStep(self.trainable, self.spec, self.optimizer, params, self.options, self.scaler, self.fire, self.live)
-
-    def compiled(self, build: Build, *, graph: bool = False) -> CompileStep:
-        return CompileStep(self.trainable, self.spec, self.optimizer, self.options, self.scaler, build=build, graph=graph)
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self.trainable.module, [self.optimizer])
 
 
 def as_decided(maker: StepMaker, decided: dict[str, Any] | None) -> None:
@@ -89,17 +40,15 @@ def built_as(decided: dict[str, Any]) -> Build | None:
 
 
 def dry_look(maker: StepMaker, batch: Any) -> None:
-    """Run the first batch forward once, say what is wrong with it before anything is compiled, put everything back.
+    """Run the first batch once, say what is wrong with it before anything is compiled, put everything back.
 
     Raises ModuleError for a wrong loss, DataError when the module cannot take the batch.
     """
     module = maker.trainable.module
     before = maker.snapshot()
     try:
-        with unheard():
-            output, _ = forward(maker.trainable, maker.spec, "train", copied(batch), 0)
-        if output is not None:
-            check_loss(output, type(module).__name__, finite=maker.options.nonfinite == "raise")
+        with maker.trial():
+            look(maker, copied(batch))
     except FasttrainError:
         raise
     except Exception as error:
@@ -117,9 +66,8 @@ def capture_step(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[
     Raises CaptureError when a rung was named and cannot be had.
     """
     step, report = _choose(maker, batch, remaining_steps)
-    if maker.options.verify and isinstance(step, CompileStep):
-        stock = StockTail(maker.optimizer, step.params, maker.options, maker.scaler)
-        return VerifiedStep(step, maker.eager(), stock, maker.spec, maker.snapshot, maker.options.verify, report, maker.say), report
+    if maker.options.verify and step.rung != "eager":
+        return verified(maker, step, report), report
     return step, report
 
 
@@ -142,17 +90,29 @@ def _choose(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[Step,
 
 def obstacles_of(maker: StepMaker) -> list[Obstacle]:
     """What is known to stand in the way before anything is traced."""
-    found = hook_obstacles(maker.trainable.module, sorted(maker.live | (maker.trainable.hooks & set(IN_STEP_HOOKS))))
-    if isinstance(maker.optimizer, torch.optim.LBFGS):
+    hooks, module = maker.hooks.live | (maker.trainable.hooks & set(IN_STEP_HOOKS)), maker.trainable.module
+    scripted = maker.trainable.form in ("generator", "manual")
+    found = hook_obstacles(module, sorted(hooks if scripted else hooks - AROUND))
+    if scripted or maker.options.capture == "auto":  # they cannot be kept silent while eager steps are timed
+        advice = "It is called on the eager rung; capture='compile' calls it too, on the captured gradient."
+        found += [Obstacle(f"a gradient hook on parameter {n}", advice=advice) for n in gradient_hooks(module)]
+    if scripted and any(isinstance(o, torch.optim.LBFGS) for o in maker.optimizers):
         found.append(Obstacle("LBFGS asks for the loss again through a closure"))
+    if not maker.optimizers:
+        found.append(Obstacle("configure_optimizers returned none: what the module updates by itself is not seen"))
     if maker.options.detect_anomaly:
         found.append(Obstacle("detect_anomaly follows autograd op by op"))
     return found
 
 
 def _tail_name(maker: StepMaker) -> str:
-    why_not = tail_obstacle(maker.optimizer, trainable_params(maker.optimizer))
-    return "fused native" if why_not is None else f"torch ({why_not})"
+    names = []
+    for i, optimizer in enumerate(maker.optimizers):
+        why_not = tail_obstacle(optimizer, trainable_params(optimizer))
+        hooked = maker.trainable.form in ("single", "indexed") and maker.in_pieces(i)
+        fused = "fused native" + (", hooks around the captured piece" if hooked else "")
+        names.append(fused if why_not is None else f"torch ({why_not})")
+    return " | ".join(dict.fromkeys(names)) or "none"
 
 
 def _eager(maker: StepMaker, report: CaptureReport, why: str) -> tuple[Step, CaptureReport]:
@@ -166,28 +126,32 @@ def _traced(
 ) -> tuple[Step, CaptureReport]:
     """Trace now, on a snapshot, so that a failure costs nothing but time."""
     build = build or Build(kernel_threads=torch.get_num_threads())
-    step = maker.compiled(build, graph=graph)
+    step = maker.captured(build, graph=graph)
     maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
     before = maker.snapshot()
     error: Exception | None = None
+    everyone(step, True)
     try:
-        with unheard():
+        with maker.trial():
             step.micro_step(copied(batch), 0, first=True, last=True, divisor=1)
         if any(g.layout is not torch.strided for g in step.gradients().values()):
             raise CaptureError("a sparse gradient: the captured update takes dense ones")
     except Exception as caught:
         error = caught
     before.restore()
+    everyone(step, False)
     maker.trainable.sink.items = None
     if error is not None:
         report.obstacles.append(obstacle_from(error))
         if maker.options.capture != "auto":
             raise CaptureError(f"capture={maker.options.capture!r} cannot be had: {report.obstacles[-1]}") from error
         return _eager(maker, report, f"it cannot be traced whole: {report.obstacles[-1]}")
-    maker.say(f"compiled in {step.compile_s:.1f} s")
+    report.compile_s, report.traces = sum(c.compile_s for c in step.calls), sum(c.traces for c in step.calls)
+    maker.say(f"compiled in {report.compile_s:.1f} s")
     step.refresh()
-    report.rung, report.whole, report.pieces, report.why = step.rung, True, 1, why
-    report.compile_s, report.traces, report.threads = step.compile_s, step.traces, torch.get_num_threads()
+    report.rung, report.pieces, report.why = step.rung, len(step.calls), why
+    report.whole = report.pieces == 1 and not (maker.trainable.form in ("single", "indexed") and maker.in_pieces())
+    report.threads = torch.get_num_threads()
     report.build = build
     return step, report
 
@@ -202,7 +166,7 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
         if build is None:
             return _eager(maker, report, "as in the checkpoint")
         return _traced(maker, report, batch, "as in the checkpoint", build, graph=graph)
-    key = decisions.key_for(maker.trainable.module, maker.optimizer, batch, maker.options)
+    key = decisions.key_for(maker.trainable.module, maker.optimizers, batch, maker.options)
     known = decisions.recall(key)
     if known is None:
         eager_s, threads = _time_eager(maker, batch)
@@ -227,7 +191,7 @@ def _measured(
 ) -> tuple[Step, CaptureReport]:
     """Compile when what is left can pay for it, time both rungs, keep the quicker, remember."""
     most, eager_threads = max(1, torch.get_num_threads() - maker.workers), known["eager_threads"]
-    cost = 8.0 + 0.08 * len(trainable_params(maker.optimizer))
+    cost = (8.0 + 0.08 * len(maker.parameters())) * (len(maker.optimizers) if maker.trainable.form == "indexed" else 1)
     if left_s * SAVING < cost:
         torch.set_num_threads(eager_threads)
         return _eager(maker, report, f"the {left_s:.0f} s that eager steps would take cannot pay for compiling (about {cost:.0f} s)")
@@ -310,8 +274,9 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
     """Least seconds of a whole step over a few, from a snapshot that is put back."""
     before = maker.snapshot()
     step.refresh()
+    everyone(step, True)
     best, end = float("inf"), time.perf_counter() + budget_s
-    with unheard():
+    with maker.trial():
         for i in range(20):
             given = copied(batch)
             started = time.perf_counter()
@@ -324,10 +289,6 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
             best = min(best, now - started) if i else best
             if now > end and i >= 2:
                 break
+    everyone(step, False)
     before.restore()
     return best
-
-
-def unheard() -> AbstractContextManager[Any]:
-    """What a step prints while it is only looked at or timed is not the user's news."""
-    return redirect_stdout(io.StringIO())

@@ -21,13 +21,14 @@ class CompileStep:
 
     rung = "compile"
     takes_closure = False
+    moved = (1,)  # one optimizer: update_step says it all
 
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options,
-        scaler: LossScale | None, *, build: Build, graph: bool,
+        scaler: LossScale | None, index: int = 0, *, build: Build, graph: bool,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
-        self._scaler = scaler
+        self._scaler, self._index = scaler, index
         if graph:
             self.rung = "graph"
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
@@ -37,7 +38,7 @@ class CompileStep:
         self.epoch = 0
         self.params = trainable_params(optimizer)
         self.call = TracedCall(
-            make_micro_step(trainable, spec, self.params), trainable, spec, build=build, graph=graph,
+            make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build, graph=graph,
             extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
         )  # fmt: skip
         self._bind_tail()
@@ -71,15 +72,11 @@ class CompileStep:
         self.call.dirty = True
 
     @property
-    def traces(self) -> int:
-        return self.call.traces
+    def calls(self) -> Sequence[TracedCall]:
+        return [self.call]
 
     @property
-    def compile_s(self) -> float:
-        return self.call.compile_s
-
-    @property
-    def obstacles(self) -> list[Obstacle]:
+    def obstacles(self) -> Sequence[Obstacle]:
         return self.call.obstacles
 
     def gradients(self) -> dict[str, Tensor]:
@@ -120,7 +117,7 @@ class CompileStep:
         ):
             grads, old = self._grads, self.params
             self.params = now
-            self.call.bind(make_micro_step(self._trainable, self._spec, now))
+            self.call.bind(make_micro_step(self._trainable, self._spec, now, self._index))
             self._bind_tail()
             if grads is not None:
                 by_id = {id(p): g for p, g in zip(old, grads, strict=True)}

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fasttrain.graphs.contract import key_of
 from fasttrain.options import Options
 
 
-def key_for(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, options: Options) -> str:
+def key_for(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], batch: Any, options: Options) -> str:
     """A digest of the module's source and shapes, the batch's contract, the step's options, the machine and the versions."""
     try:
         source = inspect.getsource(type(module))
@@ -28,7 +29,7 @@ def key_for(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, opt
         source,
         str(module),
         shapes,
-        type(optimizer).__qualname__,
+        [type(o).__qualname__ for o in optimizers],
         key_of(batch),
         options.precision,
         options.gradient_clip_val,

@@ -2,64 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fasttrain.errors import ModuleError
+from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, forward, keys_and_values
 from fasttrain.graphs.tail import LossScale, StockTail
+from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options
-from fasttrain.results import LogKey
-
-Fire = Callable[..., Any]  # fire(hook, *args): callbacks first, then the module
+from fasttrain.results import LogKey, Obstacle
 
 
 class EagerStep:
     """Forward, backward and update in plain torch. Gradients live in ``p.grad``."""
 
     rung = "eager"
+    moved = (1,)  # one optimizer: update_step says it all
+    calls: Sequence[TracedCall] = ()
+    obstacles: Sequence[Obstacle] = ()
 
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter],
-        options: Options, scaler: LossScale | None, fire: Fire, live: frozenset[str],
+        options: Options, scaler: LossScale | None, hooks: InStepHooks, index: int = 0,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
-        self._scaler, self._fire, self._live = scaler, fire, live
-        self.tail = StockTail(optimizer, params, options, scaler)
-        self._own_hooks = trainable.hooks
-        if live & {"on_before_optimizer_step"}:
-            self.tail.before_step = lambda: fire("on_before_optimizer_step", optimizer)
-        if "configure_gradient_clipping" in self._own_hooks:
-            self.tail.clip = lambda: trainable.call(
-                "configure_gradient_clipping", optimizer, options.gradient_clip_val, options.gradient_clip_algorithm
-            )
-        self.takes_closure = "optimizer_step" in self._own_hooks or isinstance(optimizer, torch.optim.LBFGS)
+        self._scaler, self._hooks, self._index = scaler, hooks, index
+        self.tail = hooked_tail(optimizer, index, params, options, scaler, hooks)
+        self.takes_closure = "optimizer_step" in trainable.hooks or isinstance(optimizer, torch.optim.LBFGS)
         self.epoch = 0
         self._bad: Tensor | None = None
         self._stepped = False
+        self._opened = 0  # batches in the window, where the last one also steps
         self._keys: tuple[LogKey, ...] = ()
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
         """One batch forward and backward; with a closure optimizer the last of a window also steps."""
+        self._opened = 1 if first else self._opened + 1
         if not (self.takes_closure and last):
             return self._forward_backward(batch, batch_idx, first, divisor)
         outputs: list[StepOutput] = []
+        rescale = 1.0 if self._opened == divisor else divisor / self._opened
 
         def closure() -> Tensor | None:
             out = self._forward_backward(batch, batch_idx, first or bool(outputs), divisor)
             outputs.append(out)
-            if not self.tail.prepare(1.0, self._bad):
+            if not self.tail.prepare(rescale, self._bad):
                 self._stepped = False
                 self._optimizer.zero_grad(set_to_none=True)
             return out.loss
 
         self._stepped = True
-        if "optimizer_step" in self._own_hooks:
-            self._trainable.call("optimizer_step", self.epoch, batch_idx, self._optimizer, closure)
+        if self._hooks.owned("optimizer_step"):
+            self._hooks.call("optimizer_step", epoch=self.epoch, batch_idx=batch_idx, optimizer=self._optimizer,
+                             optimizer_idx=self._index, optimizer_closure=closure)  # fmt: skip
         else:
             self._optimizer.step(closure)  # type: ignore[arg-type]
         if not outputs:
@@ -77,37 +77,42 @@ class EagerStep:
 
     def gradients(self) -> dict[str, Tensor]:
         """The open window's gradients by parameter name, for a checkpoint in mid-window."""
-        named = self._trainable.module.named_parameters()
-        return {n: p.grad for n, p in named if p.grad is not None}
+        return {n: p.grad for n, p in self._own_parameters() if p.grad is not None}
 
     def load_gradients(self, gradients: dict[str, Tensor]) -> None:
-        for name, p in self._trainable.module.named_parameters():
+        for name, p in self._own_parameters():
             p.grad = gradients[name].to(p.device).clone() if name in gradients else None
 
+    def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        mine = {id(p) for g in self._optimizer.param_groups for p in g["params"]}
+        return [(n, p) for n, p in self._trainable.module.named_parameters() if id(p) in mine]
+
     def _forward_backward(self, batch: Any, batch_idx: int, first: bool, divisor: int) -> StepOutput:
-        output, items = forward(self._trainable, self._spec, "train", batch, batch_idx)
+        output, items = forward(self._trainable, self._spec, "train", batch, batch_idx, self._index)
         loss = loss_of(output)
         keys, values = self._cached(items)
         if first:
             self._zero_grad(batch_idx)
         if loss is None:
             return StepOutput(None, keys, values, detached(output), None)
-        plain = loss.detach()
-        self._bad = plain if self._bad is None or first else self._bad + plain
+        plain = self._note_loss(loss, first)
         if divisor != 1:
             loss = loss / divisor
         if self._scaler is not None:
             loss = loss * self._scaler.tensor
-        live = self._live
-        if "on_before_backward" in live:
-            self._fire("on_before_backward", loss)
-        if "backward" in self._own_hooks:
-            self._trainable.call("backward", loss)
+        self._hooks.fire("on_before_backward", loss)
+        if self._hooks.owned("backward"):
+            self._hooks.call("backward", loss=loss, optimizer=self._optimizer, optimizer_idx=self._index)
         else:
             loss.backward()  # type: ignore[no-untyped-call]
-        if "on_after_backward" in live:
-            self._fire("on_after_backward")
+        self._hooks.fire("on_after_backward")
         return StepOutput(plain, keys, values, detached(output) if self._spec.keep_outputs else None, None)
+
+    def _note_loss(self, loss: Tensor, first: bool) -> Tensor:
+        """The loss as it came, added to what tells whether this window is finite."""
+        plain = loss.detach()
+        self._bad = plain if self._bad is None or first else self._bad + plain
+        return plain
 
     def _cached(self, items: list[tuple[Any, ...]]) -> tuple[tuple[LogKey, ...], list[Any]]:
         """The same tuple object for the same keys, so that the metric store sees no change."""
@@ -117,9 +122,29 @@ class EagerStep:
         return self._keys, values
 
     def _zero_grad(self, batch_idx: int) -> None:
-        if "on_before_zero_grad" in self._live:
-            self._fire("on_before_zero_grad", self._optimizer)
-        if "optimizer_zero_grad" in self._own_hooks:
-            self._trainable.call("optimizer_zero_grad", self.epoch, batch_idx, self._optimizer)
-        else:
-            self._optimizer.zero_grad()
+        zero_grad(self._optimizer, self._index, self.epoch, batch_idx, self._hooks)
+
+
+def zero_grad(optimizer: torch.optim.Optimizer, index: int, epoch: int, batch_idx: int, hooks: InStepHooks) -> None:
+    """The first batch of a window: the gradients of the last one go."""
+    hooks.fire("on_before_zero_grad", optimizer)
+    if hooks.owned("optimizer_zero_grad"):
+        hooks.call("optimizer_zero_grad", epoch=epoch, batch_idx=batch_idx, optimizer=optimizer, optimizer_idx=index)
+    else:
+        optimizer.zero_grad()
+
+
+def hooked_tail(
+    optimizer: torch.optim.Optimizer, index: int, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None,
+    hooks: InStepHooks,
+) -> StockTail:  # fmt: skip
+    """Torch's own update with the hooks that stand before it."""
+    tail = StockTail(optimizer, params, options, scaler)
+    if "on_before_optimizer_step" in hooks.live:
+        tail.before_step = lambda: hooks.fire("on_before_optimizer_step", optimizer, index)
+    if hooks.owned("configure_gradient_clipping"):
+        tail.clip = lambda: hooks.call(
+            "configure_gradient_clipping", optimizer=optimizer, optimizer_idx=index,
+            gradient_clip_val=options.gradient_clip_val, gradient_clip_algorithm=options.gradient_clip_algorithm,
+        )  # fmt: skip
+    return tail

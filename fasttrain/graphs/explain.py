@@ -21,6 +21,11 @@ ADVICE = (
     (r"numpy|pandas", "Move the lookup into the dataset."),
 )
 
+# Hooks that stand around a captured forward and backward pass, and see what they would see eagerly.
+AROUND = frozenset(
+    ("on_before_zero_grad", "optimizer_zero_grad", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
+) | {"optimizer_step"}
+
 
 def obstacle_from(error: BaseException) -> Obstacle:
     """One obstacle out of a tracing error: the first sentence, the user's file and line, and what to change."""
@@ -63,11 +68,8 @@ def is_user_file(filename: str) -> bool:
 
 
 def hook_obstacles(module: nn.Module, live: Iterable[str]) -> list[Obstacle]:
-    """What the tracer would drop in silence: hooks on tensors, on gradients, and hooks inside the step."""
+    """What cannot stand around a captured piece: hooks between the forward and the backward pass, and hooks on modules."""
     found = [Obstacle(f"the hook {name} runs inside the step", advice="It is honoured; the step runs eagerly for it.") for name in live]
-    for name, p in module.named_parameters():
-        if getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None):
-            found.append(Obstacle(f"a gradient hook on parameter {name}", advice="Tensor hooks are honoured only eagerly."))
     for name, m in module.named_modules():
         if m._backward_hooks or m._backward_pre_hooks:
             found.append(
@@ -76,12 +78,21 @@ def hook_obstacles(module: nn.Module, live: Iterable[str]) -> list[Obstacle]:
     return found
 
 
+def gradient_hooks(module: nn.Module) -> list[str]:
+    """Parameters with hooks of their own: called on the captured gradients."""
+    return [
+        n for n, p in module.named_parameters()
+        if getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None)
+    ]  # fmt: skip
+
+
 def explain(report: CaptureReport) -> str:
     """The report as a page of text."""
     lines = [one_line(report)]
     if report.rung != "eager":
+        what = "the step" if report.whole else "forward + backward"
         lines.append(
-            f"  forward + backward: {'one whole graph' if report.whole else f'{report.pieces} pieces'}, "
+            f"  {what}: {'one whole graph' if report.pieces == 1 else f'{report.pieces} pieces'}, "
             f"traced {report.traces} time(s), compiled in {report.compile_s:.1f} s"
         )
         why = f" ({report.why_guarded})" if report.why_guarded else ""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fasttrain.errors import ModuleError, reject
-from fasttrain.module import Trainable, log_key, loss_of
+from fasttrain.module import Sink, Trainable, log_key, loss_of
 from fasttrain.options import Precision
 from fasttrain.results import LogKey
+from fasttrain.step_result import plain_form
 
 TRUE_DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 MIXED_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -74,7 +75,7 @@ class Raw(NamedTuple):
 
 
 def forward(
-    trainable: Trainable, spec: StepSpec, stage: str, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    trainable: Trainable, spec: StepSpec, stage: str, batch: Any, batch_idx: int, index: int = 0
 ) -> tuple[Any, list[tuple[Any, ...]]]:
     """Run one step of ``stage`` and collect what it logged. Nothing is read on the host."""
     sink = trainable.sink
@@ -83,14 +84,16 @@ def forward(
         if spec.precision in TRUE_DTYPES:
             batch = cast_floats(batch, TRUE_DTYPES[spec.precision])
         with spec.autocast(), spec.default_dtype():
-            output = trainable.step(stage)(batch, batch_idx, dataloader_idx)
+            output = unwrapped(trainable.step(stage)(batch, batch_idx, index), sink, stage)
         return output, sink.items
     finally:
         sink.items = None
 
 
-def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Parameter]) -> Callable[..., Raw]:
+def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Parameter], index: int = 0) -> Callable[..., Raw]:
     """The forward and scaled backward of one batch as a pure function, in the form a tracer takes whole.
+
+    ``index``: the optimizer whose turn it is.
 
     ``f(batch, batch_idx, divisor, scale)`` where ``divisor`` (batches in the window) and ``scale`` (loss scale)
     are 0-d tensors or None; gradients come back as values, ``p.grad`` is not touched.
@@ -104,7 +107,7 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
         if true_dtype is not None:
             batch = cast_floats(batch, true_dtype)
         with spec.autocast(cache=False):
-            output = step(batch, batch_idx, 0)
+            output = unwrapped(step(batch, batch_idx, index), sink, "train")
         loss = loss_of(output)
         if loss is None:  # a batch the module passes over: no gradient, and what it logged
             items, sink.items = sink.items, None
@@ -128,7 +131,7 @@ def make_eval_step(trainable: Trainable, spec: StepSpec, stage: str, *, keep: bo
         if true_dtype is not None:
             batch = cast_floats(batch, true_dtype)
         with spec.autocast(cache=False):
-            output = step(batch, batch_idx, dataloader_idx)
+            output = unwrapped(step(batch, batch_idx, dataloader_idx), sink, stage)
         items = sink.items
         sink.items = None
         return Raw(None, (), items, output if keep else None)
@@ -136,10 +139,25 @@ def make_eval_step(trainable: Trainable, spec: StepSpec, stage: str, *, keep: bo
     return eval_step
 
 
+def unwrapped(output: Any, sink: Sink, stage: str) -> Any:
+    """What one step returned (or one turn yielded) in plain containers; what a Result among it logs goes to the sink."""
+    plain, items = plain_form(output, stage)
+    if items and sink.items is not None and not sink.off:
+        sink.items.extend(items)
+    return plain
+
+
 def keys_and_values(items: Sequence[tuple[Any, ...]], suffix: str = "") -> tuple[tuple[LogKey, ...], list[Any]]:
-    """Split the sink's items into their constant part and their values; a key logged twice keeps its last value."""
-    last = {(item[0], item[8]): item for item in items}
-    return tuple(log_key(i, suffix) for i in last.values()), [i[1] for i in last.values()]
+    """Split the sink's items into their constant part and their values, in order; one key may come several times.
+
+    Raises ModuleError for a key that comes again with other arguments.
+    """
+    keys = tuple(log_key(item, suffix) for item in items)
+    named = {key.name: key for key in keys}
+    if len(named) < len(keys):
+        for key in keys:
+            key.check_same(named[key.name])
+    return keys, [item[1] for item in items]
 
 
 def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:

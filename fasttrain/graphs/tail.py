@@ -76,7 +76,7 @@ class StockTail:
     def step(self, grads: Sequence[Tensor | None] | None, rescale: float, loss: Tensor | None) -> bool:
         """``grads`` None: autograd has filled ``p.grad``. Host reads: the finite test, where one is asked for."""
         if grads is not None:
-            for p, g in zip(self._params, _apart(grads), strict=True):
+            for p, g in zip(self._params, apart(grads), strict=True):
                 p.grad = g
         if not self.prepare(rescale, loss):
             return False
@@ -117,7 +117,7 @@ class StockTail:
         pass
 
 
-def _apart(grads: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+def apart(grads: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
     """Gradients that may be written in place: a graph gives equal ones back as one tensor, and constant ones expanded."""
     seen: set[int] = set()
     for g in grads:
@@ -136,8 +136,23 @@ class LossScale:
         self.clean_steps = 0
         self.growth_interval = 2000
         self.tensor = torch.tensor(self.value, device=device)
+        self._gathering = False
+        self._found: bool | None = None
+
+    def gather(self) -> None:
+        """Several updates follow that all use this value: it moves once, in ``settle``."""
+        self._gathering, self._found = True, None
+
+    def settle(self) -> None:
+        """The updates since ``gather`` are over: one overflow among them lowers the scale."""
+        self._gathering = False
+        if self._found is not None:
+            self.update(found_inf=self._found)
 
     def update(self, *, found_inf: bool) -> None:
+        if self._gathering:
+            self._found = found_inf or bool(self._found)
+            return
         if found_inf:
             self.value, self.clean_steps = self.value * 0.5, 0
         else:

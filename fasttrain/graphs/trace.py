@@ -42,8 +42,8 @@ class Trace:
         # has learnt of changing sizes to the code's name and place, not to the closure.
         assert isinstance(function, FunctionType)
         code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
-        own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-        self._call = torch.compile(own, fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
+        renamed = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+        self._call = torch.compile(renamed, fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""

@@ -29,11 +29,12 @@ class TracedCall:
 
     def __init__(
         self, function: Callable[..., Raw], trainable: Trainable, spec: StepSpec, *, build: Build, graph: bool = False,
-        extra: tuple[Tensor | None, ...] = (), own: tuple[object, ...] = (),
+        extra: tuple[Tensor | None, ...] = (), own: tuple[object, ...] = (), eager: Callable[[Any, int], StepOutput] | None = None,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._build, self._own = trainable, spec, build, (trainable.sink, *own)
         self._memory = GraphMemory(spec.device) if graph else None
         self.extra = extra
+        self._eager = eager  # what runs a batch that is not traced; the function itself, op by op, when None
         self.dirty = True
         self.plan: Plan | None = None
         self.compile_s = 0.0
@@ -90,7 +91,10 @@ class TracedCall:
         trace = self._trace_for(key)
         raw = self._traced(trace, batch, batch_idx) if trace is not None else None
         if raw is None or trace is None:
-            raw, self.plan = self.untraced(batch, batch_idx), None
+            self.plan = None
+            if self._eager is not None:
+                return self._eager(batch, batch_idx)
+            raw = self.untraced(batch, batch_idx)
         else:
             self._make_plan(trace, raw, batch, key)
         keys, values = keys_and_values(raw.items)

@@ -14,10 +14,10 @@ import fasttrain
 ROOT = Path(fasttrain.__file__).parent
 FLOORS = {
     "errors": 0, "options": 0, "state": 0,
-    "results": 1, "cadence": 1, "reach": 1, "kernels": 1,
-    "module": 2, "data": 2, "graphs": 2,
+    "results": 1, "step_result": 1, "cadence": 1, "reach": 1, "kernels": 1,
+    "forms": 2, "module": 2, "combined": 2, "data": 2, "graphs": 2,
     "callbacks": 3, "loggers": 3, "progress": 3, "checkpoint": 3, "facade": 3, "display": 3,
-    "run": 4, "schedules": 4, "evaluate": 4, "loop": 4, "resume": 4, "setup": 4, "own_loop": 4, "fit": 4,
+    "run": 4, "loaders": 4, "schedules": 4, "evaluate": 4, "loop": 4, "resume": 4, "setup": 4, "own_loop": 4, "fit": 4,
     "__init__": 5, "__main__": 5, "cli": 5, "demo": 5, "env": 5, "explain_command": 5,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
@@ -84,10 +84,10 @@ def test_files_are_short(path: Path) -> None:
 def test_public_names_are_a_list() -> None:
     """What ``fasttrain`` exports is exactly this; a new name is a decision."""
     assert sorted(fasttrain.__all__) == [
-        "Callback", "CaptureError", "CaptureReport", "CheckpointError", "CompiledFit", "CsvLogger", "DataError", "EarlyStopping",
-        "FasttrainError", "FasttrainWarning", "FitResult", "JsonlLogger", "KernelError", "LearningRateMonitor", "Ledger",
-        "ModelCheckpoint", "ModuleError", "NonFiniteError", "Obstacle", "OptionError", "TensorBoardLogger", "Timer",
-        "compile_fit", "seed_everything",
+        "Callback", "CaptureError", "CaptureReport", "CheckpointError", "CombinedLoader", "CompiledFit", "CsvLogger",
+        "DataError", "EarlyStopping", "EvalResult", "FasttrainError", "FasttrainWarning", "FitResult", "JsonlLogger",
+        "KernelError", "LearningRateMonitor", "Ledger", "ModelCheckpoint", "ModuleError", "NonFiniteError", "Obstacle",
+        "OptionError", "TensorBoardLogger", "Timer", "TrainResult", "compile_fit", "seed_everything",
     ]  # fmt: skip
     for name in fasttrain.__all__:
         assert getattr(fasttrain, name) is not None

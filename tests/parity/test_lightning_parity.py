@@ -77,8 +77,11 @@ CAPTURED = (
     "conv",
     "log_dict",
     "buffers",
+    "on_after_backward",
+    "own_clipping",
+    "warm_up",
 )
-CANNOT = {"on_after_backward": "hook", "own_clipping": "hook", "warm_up": "hook", "lstm": "LSTM"}  # these run eagerly, and say why
+CANNOT = {"lstm": "LSTM"}  # runs eagerly, and says why
 RANDOM = {"dropout", "noise"}  # a captured step may draw other numbers
 
 

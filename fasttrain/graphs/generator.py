@@ -1,0 +1,143 @@
+"""A generator training_step, op by op: one loss a yield, an update between two yields, shared locals. The truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import ModuleError
+from fasttrain.graphs.eager import hooked_tail, zero_grad
+from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, StepOutput, StepSpec, cast_floats, detached, keys_and_values, unwrapped
+from fasttrain.graphs.tail import LossScale, trainable_params
+from fasttrain.graphs.traced import TracedCall
+from fasttrain.module import Trainable, loss_of
+from fasttrain.options import Options
+from fasttrain.results import LogKey, Obstacle
+
+_OVER = object()
+
+
+class GeneratorStep:
+    """Loss i belongs to optimizer i: backward into its parameters alone, and its update before the code after the yield."""
+
+    rung = "eager"
+    takes_closure = True
+    calls: Sequence[TracedCall] = ()
+    obstacles: Sequence[Obstacle] = ()
+
+    def __init__(
+        self, trainable: Trainable, spec: StepSpec, optimizers: Sequence[torch.optim.Optimizer], options: Options,
+        scaler: LossScale | None, hooks: InStepHooks,
+    ) -> None:  # fmt: skip
+        self._trainable, self._spec, self._optimizers, self._scaler = trainable, spec, optimizers, scaler
+        self._hooks = hooks
+        self.check: Callable[[Any], Any] | None = None  # of each yield, in the dry look
+        self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks) for i, o in enumerate(optimizers)]
+        self.epoch = 0
+        self.moved = [0] * len(optimizers)
+        self._bad: list[Tensor | None] = [None] * len(optimizers)
+        self.opened = 0
+        self._result = 0
+        self._keys: tuple[LogKey, ...] = ()
+
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+        self.opened = 1 if first else self.opened + 1
+        self.moved, self._result = [0] * len(self._optimizers), 0
+        sink, spec = self._trainable.sink, self._spec
+        sink.items = []
+        losses, outputs = [], []
+        if self._scaler is not None:
+            self._scaler.gather()
+        try:
+            for i, yielded in enumerate(self._yields(batch, batch_idx)):
+                output = unwrapped(yielded, sink, "train")
+                losses.append(self._turn(i, output, batch_idx, first, divisor))
+                outputs.append(detached(output))
+                if last:
+                    self._update(i, divisor / self.opened)
+            items = sink.items
+        finally:
+            sink.items = None
+            if self._scaler is not None:
+                self._scaler.settle()
+        keys, values = keys_and_values(items)
+        self._keys = keys if keys != self._keys else self._keys
+        return StepOutput(mean_of(losses), self._keys, values, outputs if spec.keep_outputs else None, None)
+
+    def update_step(self, rescale: float) -> int:
+        if not any(self.moved) and self._result == 0 and any(b is not None for b in self._bad):  # a stop closes the window
+            for i in range(len(self._optimizers)):
+                self._update(i, rescale)
+        return self._result or max(self.moved)
+
+    def refresh(self) -> None:
+        """Nothing is kept that user code could have changed."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {n: p.grad for n, p in self._trainable.module.named_parameters() if p.grad is not None}
+
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+        for name, p in self._trainable.module.named_parameters():
+            p.grad = gradients[name].to(p.device).clone() if name in gradients else None
+        self._bad = [torch.zeros((), device=self._spec.device) for _ in self._optimizers]
+
+    def _yields(self, batch: Any, batch_idx: int) -> Iterator[Any]:
+        """What the module's generator yields, one for each optimizer: no more, no less."""
+        spec, count = self._spec, len(self._optimizers)
+        if spec.precision in TRUE_DTYPES:
+            batch = cast_floats(batch, TRUE_DTYPES[spec.precision])
+        with spec.autocast(), spec.default_dtype():
+            generator = self._trainable.step("train")(batch, batch_idx, 0)
+        for i in range(count):
+            with spec.autocast(), spec.default_dtype():
+                output = next(generator, _OVER)
+            if output is _OVER:
+                raise ModuleError(_count(self._trainable, count, f"yielded {i}", "Yield one loss for each optimizer, in order."))
+            yield output
+        with spec.autocast(), spec.default_dtype():
+            if next(generator, _OVER) is not _OVER:
+                raise ModuleError(_count(self._trainable, count, f"yielded more than {count}", "Yield one loss for each optimizer."))
+
+    def _turn(self, i: int, output: Any, batch_idx: int, first: bool, divisor: int) -> Tensor | None:
+        loss, optimizer = loss_of(output), self._optimizers[i]
+        if first:
+            self._bad[i] = None
+            zero_grad(optimizer, i, self.epoch, batch_idx, self._hooks)
+        if self.check is not None and output is not None:
+            self.check(output)
+        if loss is None:
+            return None
+        plain = loss.detach()
+        bad = self._bad[i]
+        self._bad[i] = plain if bad is None else bad + plain
+        loss = loss if divisor == 1 else loss / divisor
+        loss = loss if self._scaler is None else loss * self._scaler.tensor
+        self._hooks.fire("on_before_backward", loss)
+        more = i + 1 < len(self._optimizers)
+        loss.backward(inputs=trainable_params(optimizer), retain_graph=more)  # type: ignore[no-untyped-call]
+        self._hooks.fire("on_after_backward")
+        return plain
+
+    def _update(self, i: int, rescale: float) -> None:
+        bad, self._bad[i] = self._bad[i], None
+        if bad is None:
+            return
+        if self._tails[i].step(None, rescale, bad):
+            self.moved[i] = 1
+        else:
+            self._result = REFUSED
+
+
+def mean_of(losses: Sequence[Tensor | None]) -> Tensor | None:
+    """One number for the progress bar out of several optimizers' losses."""
+    present = [x for x in losses if x is not None]
+    return sum(present[1:], present[0]) / len(present) if present else None
+
+
+def _count(trainable: Trainable, wanted: int, came: str, do: str) -> str:
+    name = type(trainable.module).__name__
+    return f"{name}.training_step is a generator: it {came} losses and configure_optimizers returned {wanted} optimizers. {do}"

@@ -1,0 +1,203 @@
+"""What a captured step does between its kernels: gradients kept, weights updated, schedules moved - operations of the graph.
+
+Each is a ``torch.library`` operation that names what it writes, so a compiler keeps it where it stands: the code after an
+update sees the new weights. What they do is plain Python over one :class:`Host`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.graphs.program import REFUSED
+from fasttrain.graphs.tail import LossScale, Tail, make_tail, trainable_params
+from fasttrain.options import Options
+
+_HOSTS: WeakValueDictionary[int, Host] = WeakValueDictionary()
+_SCHEMAS = {
+    # ``order`` is written by all of them and by nothing else: they run in the order of the program
+    "turn": "(int host, int index, Tensor(a!) order, Tensor(b!)[] params, Tensor?[] grads, Tensor loss) -> ()",
+    "add": "(int host, int which, Tensor(a!) order, Tensor?[] grads, Tensor loss) -> ()",
+    "step": "(int host, int index, Tensor(a!) order, Tensor(b!)[] params) -> ()",
+    "zero": "(int host, int index, Tensor(a!) order) -> ()",
+    "clip": "(int host, int index, Tensor(a!) order, float value, bool by_norm) -> ()",
+    "move": "(int host, int index, Tensor(a!) order, Tensor?[] metrics) -> ()",
+}
+
+
+@functools.cache
+def ops() -> Any:
+    """The operations, registered at first use."""
+    library = torch.library.Library("fasttrain", "DEF")  # type: ignore[no-untyped-call]
+    for name, schema in _SCHEMAS.items():
+        library.define(name + schema)  # type: ignore[no-untyped-call]
+        library.impl(name, functools.partial(_run, name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"fasttrain::{name}", _nothing, lib=library)
+    ops.library = library  # type: ignore[attr-defined]  # it lives as long as the operations
+    return torch.ops.fasttrain
+
+
+def _run(name: str, host: int, *args: Any) -> None:
+    getattr(_HOSTS[host], name)(*args)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+class Host:
+    """Gradients and updates of several optimizers in one captured step.
+
+    ``begin`` and ``end`` stand around a batch; between them the graph calls ``turn``, ``add``, ``step``, ``zero``, ``clip``, ``move``.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], options: Options, scaler: LossScale | None, schedulers: Sequence[Any],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        ops()
+        self.number = next(i for i in range(len(_HOSTS) + 1) if i not in _HOSTS)
+        _HOSTS[self.number] = self
+        self._optimizers, self._options, self._scaler, self._schedulers = optimizers, options, scaler, schedulers
+        self.order = torch.zeros((), device=device)
+        self.moved = [0] * len(optimizers)
+        self.refused = False
+        self.looks = False  # the compiler may hand copies of the weights over: looked at whenever the guards were
+        self._bad: list[Tensor | None] = [None] * len(optimizers)
+        self._last, self._rescale = True, 1.0
+        self.bind()
+
+    def bind(self) -> None:
+        """(Re)build what depends on which parameters train; gathered gradients stay."""
+        before = dict(zip(map(id, getattr(self, "leaves", ())), getattr(self, "_kept", ()), strict=True))
+        self.params: list[list[nn.Parameter]] = [trainable_params(o) for o in self._optimizers]
+        self.leaves = list({id(p): p for ps in self.params for p in ps}.values())
+        place = {id(p): i for i, p in enumerate(self.leaves)}
+        self.places = [[place[id(p)] for p in ps] for ps in self.params]
+        self._kept: list[Tensor | None] = [before.get(id(p)) for p in self.leaves]
+        self._buffers: list[Tensor | None] = [None] * len(self.leaves)
+        self._copied = [False] * len(self.params)
+        self.tails: list[Tail] = [
+            make_tail(o, ps, self._options, self._scaler) for o, ps in zip(self._optimizers, self.params, strict=True)
+        ]
+
+    def changed(self) -> bool:
+        """Do other parameters train than when this was bound?"""
+        now = [[id(p) for p in trainable_params(o)] for o in self._optimizers]
+        return now != [[id(p) for p in ps] for ps in self.params]
+
+    def begin(self, *, last: bool, rescale: float) -> None:
+        self.moved, self.refused = [0] * len(self._optimizers), False
+        self._last, self._rescale = last, rescale
+        if self._scaler is not None:
+            self._scaler.gather()
+
+    def end(self) -> None:
+        if self._scaler is not None:
+            self._scaler.settle()
+
+    def result(self) -> int:
+        return REFUSED if self.refused else max(self.moved, default=0)
+
+    def new_window(self) -> None:
+        self._kept, self._bad = [None] * len(self.leaves), [None] * len(self.params)
+
+    def close(self) -> None:
+        """Everybody who has gathered gradients in this window and had no turn at its end steps now."""
+        for i in range(len(self.params)):
+            if self._bad[i] is not None:
+                self._update(i, [self._kept[j] for j in self.places[i]], self._bad[i])
+        self.new_window()
+
+    def open(self) -> bool:
+        return any(b is not None for b in self._bad)
+
+    def gradients(self) -> dict[int, Tensor]:
+        """What was gathered and not used yet, by the parameter's id."""
+        return {id(p): g for p, g in zip(self.leaves, self._kept, strict=True) if g is not None}
+
+    def load_gradients(self, by_id: dict[int, Tensor]) -> None:
+        self._kept = [by_id.get(id(p)) for p in self.leaves]
+        self._bad = [torch.zeros((), device=self.order.device) for _ in self.params]
+
+    # -- the operations -----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def turn(self, index: int, order: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor | None], loss: Tensor) -> None:
+        """An optimizer's gradients of this batch; at the end of a window also its update."""
+        bad = self._bad[index]
+        if self._last and bad is None:
+            self._update(index, grads, loss, params)
+            return
+        self._bad[index] = loss.clone() if bad is None else bad + loss
+        self._keep(self.places[index], grads)
+        if self._last:
+            self._update(index, [self._kept[j] for j in self.places[index]], self._bad[index], params)
+            self._bad[index] = None
+            for j in self.places[index]:
+                self._kept[j] = None
+
+    @torch.no_grad()
+    def add(self, which: int, order: Tensor, grads: Sequence[Tensor | None], loss: Tensor) -> None:
+        """``manual_backward``: gradients of the leaves of optimizer ``which`` (-1: of all) are added to what is there."""
+        self._keep(range(len(self.leaves)) if which < 0 else self.places[which], grads)
+        bad = self._bad[0]
+        self._bad = [loss.clone() if bad is None else bad + loss] * len(self.params)
+
+    @torch.no_grad()
+    def step(self, index: int, order: Tensor, params: Sequence[Tensor]) -> None:
+        self._update(index, [self._kept[j] for j in self.places[index]], self._bad[index], params)
+
+    def zero(self, index: int, order: Tensor) -> None:
+        for j in self.places[index]:
+            self._kept[j] = None
+
+    @torch.no_grad()
+    def clip(self, index: int, order: Tensor, value: float, by_norm: bool) -> None:
+        present = [g for j in self.places[index] if (g := self._kept[j]) is not None]
+        if not present:
+            return
+        if by_norm:
+            norm = torch.nn.utils.get_total_norm(present)
+            torch._foreach_mul_(present, torch.clamp(value / (norm + 1e-6), max=1.0))
+        else:
+            torch._foreach_clamp_min_(present, -value)
+            torch._foreach_clamp_max_(present, value)
+
+    def move(self, index: int, order: Tensor, metrics: Sequence[Tensor | None]) -> None:
+        self._schedulers[index].step(*metrics)
+
+    # -- how ----------------------------------------------------------------------------------------------------
+    def _update(self, index: int, grads: Sequence[Tensor | None], loss: Tensor | None, params: Sequence[Tensor] = ()) -> None:
+        if self.tails[index].step(grads, self._rescale, loss):
+            self.moved[index] += 1
+        else:
+            self.refused = True
+        if self.looks and params:
+            self._copied[index] = any(a.data_ptr() != b.data_ptr() for a, b in zip(params, self.params[index], strict=True))
+        if self._copied[index]:
+            torch._foreach_copy_(list(params), list(self.params[index]))
+
+    def _keep(self, places: Sequence[int], grads: Sequence[Tensor | None]) -> None:
+        """A graph's gradients are gone with its next kernel: they are added into, or copied to, memory of our own."""
+        fresh = [(j, g) for j, g in zip(places, grads, strict=True) if g is not None and self._kept[j] is None]
+        more: list[tuple[Any, Tensor]] = [
+            (self._kept[j], g) for j, g in zip(places, grads, strict=True) if g is not None and self._kept[j] is not None
+        ]
+        if more:
+            torch._foreach_add_([a for a, _ in more], [g for _, g in more])
+        if fresh:
+            targets = [self._buffer(j, g) for j, g in fresh]
+            torch._foreach_copy_(targets, [g for _, g in fresh])
+            for (j, _), t in zip(fresh, targets, strict=True):
+                self._kept[j] = t
+
+    def _buffer(self, j: int, grad: Tensor) -> Tensor:
+        buffer = self._buffers[j]
+        if buffer is None or buffer.dtype != grad.dtype:
+            buffer = self._buffers[j] = torch.empty_like(self.leaves[j], dtype=grad.dtype, requires_grad=False)
+        return buffer

@@ -1,0 +1,58 @@
+"""One dry look at the first batch: what is wrong with a module's losses, before anything is compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fasttrain.errors import ModuleError, reject
+from fasttrain.forms import Carried
+from fasttrain.graphs.generator import GeneratorStep
+from fasttrain.graphs.maker import StepMaker
+from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
+from fasttrain.graphs.splits import split_along_time
+from fasttrain.module import hiddens_of
+
+
+def look(maker: StepMaker, batch: Any) -> None:
+    """Run the batch as the module's form has it. The caller puts everything back. Raises ModuleError."""
+    if maker.trainable.form in ("generator", "manual"):
+        _whole_step(maker, batch)
+    elif maker.trainable.split_length:
+        _splits(maker, batch)
+    else:
+        for i in range(len(maker.optimizers)):
+            _forward(maker, batch, i)
+
+
+def _forward(maker: StepMaker, batch: Any, i: int) -> Any:
+    output, items = forward(maker.trainable, maker.spec, "train", batch, 0, i)
+    keys_and_values(items)
+    if output is not None:
+        check_loss(output, type(maker.trainable.module).__name__, finite=maker.options.nonfinite == "raise")
+    return output
+
+
+def _splits(maker: StepMaker, batch: Any) -> None:
+    trainable, length = maker.trainable, maker.trainable.split_length
+    own = "tbptt_split_batch" in trainable.hooks
+    parts = trainable.call("tbptt_split_batch", batch, length) if own else split_along_time(batch, length)
+    for i in range(len(maker.optimizers)):
+        output = _forward(maker, Carried(parts[0], None), i)
+        if len(parts) > 1 and output is not None and hiddens_of(output) is None:
+            came = f"{len(parts)} splits and no hiddens in what training_step returned"
+            raise ModuleError(reject("hiddens", came, "{'loss': loss, 'hiddens': state} (or a TrainResult with hiddens)",
+                                     "Return the state the next split starts from."))  # fmt: skip
+
+
+def _whole_step(maker: StepMaker, batch: Any) -> None:
+    """Updates and all: only a whole run of it says how many losses come, and what the verbs are called with."""
+    step = maker.eager()
+    inner = getattr(step, "step", step)
+    if isinstance(inner, GeneratorStep):
+        name, finite = type(maker.trainable.module).__name__, maker.options.nonfinite == "raise"
+        inner.check = lambda output: check_loss(output, name, finite=finite)
+    step.micro_step(batch, 0, first=True, last=True, divisor=1)
+    if step.update_step(1.0) == REFUSED and maker.options.nonfinite == "raise" and maker.scaler is None:
+        got = "one that is not finite on the first batch"
+        raise ModuleError(reject(f"a loss of {type(maker.trainable.module).__name__}.training_step", got, "a finite number",
+                                 "Look at the data for nan/inf and at the learning rate, or set nonfinite='ignore'."))  # fmt: skip

@@ -1,0 +1,129 @@
+"""Everything a rung is made of, and the step of a rung for the form of the module at hand."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fasttrain.graphs.compile import CompileStep
+from fasttrain.graphs.eager import EagerStep
+from fasttrain.graphs.explain import AROUND, gradient_hooks
+from fasttrain.graphs.generator import GeneratorStep
+from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.manual import ManualStep, Verbs
+from fasttrain.graphs.pieces import PiecedStep
+from fasttrain.graphs.program import StepSpec
+from fasttrain.graphs.script import ScriptStep
+from fasttrain.graphs.splits import SplitStep, split_along_time
+from fasttrain.graphs.step import Step
+from fasttrain.graphs.tail import LossScale, trainable_params
+from fasttrain.graphs.turns import Turns
+from fasttrain.module import Trainable
+from fasttrain.options import Options
+from fasttrain.results import Build
+from fasttrain.state import Snapshot
+
+
+@dataclass(kw_only=True)
+class StepMaker:
+    """What the steps of a run share."""
+
+    trainable: Trainable
+    spec: StepSpec
+    optimizers: Sequence[torch.optim.Optimizer]
+    options: Options
+    scaler: LossScale | None
+    hooks: InStepHooks
+    say: Callable[[str], None]
+    frequencies: Sequence[int] | None = None  # batches in a row that each optimizer owns
+    schedulers: Sequence[Any] = ()
+    verbs: Verbs = field(default_factory=Verbs)
+    seen: Callable[[], int] = lambda: 0  # batches of the fit before this one
+    workers: int = 0  # loader processes that want a core
+    decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
+
+    def eager(self) -> Step:
+        """The truth: every form in plain torch."""
+        return self._split(self._eager())
+
+    def captured(self, build: Build, *, graph: bool = False) -> Step:
+        """The compile (or graph) rung of this module's form."""
+        form = self.trainable.form
+        step: Step
+        if form in ("generator", "manual"):
+            eager = self._eager()
+            assert isinstance(eager, (GeneratorStep, ManualStep))
+            verbs = self.verbs if form == "manual" else None
+            step = ScriptStep(self.trainable, self.spec, self.optimizers, self.schedulers, self.options, self.scaler, verbs, eager,
+                              build=build)  # fmt: skip
+        else:
+            step = self._turns([self._captured_one(i, build, graph) for i in range(len(self.optimizers))])
+        return self._split(step)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.trainable.module, list(self.optimizers), list(self.schedulers))
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What trains, each once."""
+        return list({id(p): p for o in self.optimizers for p in trainable_params(o)}.values())
+
+    def in_pieces(self, i: int = 0) -> bool:
+        """Does somebody stand between the backward pass and the update?"""
+        hooks = self.hooks.live | self.trainable.hooks
+        return bool(hooks & AROUND) or isinstance(self.optimizers[i], torch.optim.LBFGS) or bool(gradient_hooks(self.trainable.module))
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Within: a step is looked at or timed. What it prints is nobody's news, and no hook hears of it."""
+        sink = self.trainable.sink
+        outside, sink.outside, self.hooks.muted = sink.outside, None, True
+        scale = None if self.scaler is None else self.scaler.state_dict()
+        try:
+            with redirect_stdout(io.StringIO()):
+                yield
+        finally:
+            sink.outside, self.hooks.muted = outside, False
+            if self.scaler is not None and scale is not None:
+                self.scaler.load_state_dict(scale)
+
+    def _eager(self) -> Step:
+        form, common = self.trainable.form, (self.options, self.scaler)
+        if form == "manual":
+            return ManualStep(self.trainable, self.spec, self.optimizers, self.schedulers, *common, self.verbs, self.hooks)
+        if form == "generator":
+            return GeneratorStep(self.trainable, self.spec, self.optimizers, *common, self.hooks)
+        return self._turns(
+            [EagerStep(self.trainable, self.spec, o, trainable_params(o), *common, self.hooks, i) for i, o in enumerate(self.optimizers)]
+        )
+
+    def _captured_one(self, i: int, build: Build, graph: bool) -> Step:
+        optimizer = self.optimizers[i]
+        if self.in_pieces(i):
+            return PiecedStep(self.trainable, self.spec, optimizer, self.options, self.scaler, self.hooks, i, build=build)
+        return CompileStep(self.trainable, self.spec, optimizer, self.options, self.scaler, i, build=build, graph=graph)
+
+    def _turns(self, steps: Sequence[Step]) -> Step:
+        if len(steps) == 1:
+            return steps[0]
+        return Turns(steps, self.optimizers, self.frequencies, self.seen, self.scaler)
+
+    def _split(self, step: Step) -> Step:
+        trainable, length = self.trainable, self.trainable.split_length
+        if not length:
+            return step
+        if "tbptt_split_batch" in trainable.hooks:
+            return SplitStep(step, lambda batch: trainable.call("tbptt_split_batch", batch, length))
+        return SplitStep(step, lambda batch: split_along_time(batch, length))
+
+
+def everyone(step: Step, on: bool) -> None:
+    """While a step is tried, every optimizer has its turn."""
+    if isinstance(step, SplitStep):
+        step = step.step
+    if isinstance(step, Turns):
+        step.everyone = on

@@ -1,0 +1,112 @@
+"""A step with hooks inside it: forward and backward as one captured piece, the hooks and the update around it as eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.graphs.eager import EagerStep
+from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, make_micro_step
+from fasttrain.graphs.tail import FusedTail, LossScale, apart, tail_obstacle, trainable_params
+from fasttrain.graphs.traced import TracedCall
+from fasttrain.module import Trainable
+from fasttrain.options import Options
+from fasttrain.results import Build
+
+
+class PiecedStep(EagerStep):
+    """Every hook and closure sees ``p.grad``, as on the eager rung; only what they stand around is captured.
+
+    A closure (LBFGS, ``optimizer_step``) replays the captured piece as often as it is called.
+    """
+
+    rung = "compile"
+
+    def __init__(
+        self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options, scaler: LossScale | None,
+        hooks: InStepHooks, index: int = 0, *, build: Build,
+    ) -> None:  # fmt: skip
+        self.params = trainable_params(optimizer)
+        super().__init__(trainable, spec, optimizer, self.params, options, scaler, hooks, index)
+        self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
+        accumulates = max(options.accumulate_grad_batches.values()) > 1
+        self.call = TracedCall(
+            make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build,
+            extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
+        )  # fmt: skip
+        self.calls, self.obstacles = (self.call,), self.call.obstacles
+        # A module that clips by itself leaves nothing to clip; unscaling comes before the hooks, so it is torch's.
+        self._fused_options = replace(options, gradient_clip_val=None) if self.tail.clip is not None else options
+        self._fused: FusedTail | None = None
+        self._bind_tail()
+
+    def refresh(self) -> None:
+        self.call.dirty = True
+
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+        self.call.dirty = True  # the hooks of the step before were anybody's code
+        return super().micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+
+    def update_step(self, rescale: float) -> int:
+        """As on the eager rung; where the optimizer allows it, what follows the hooks is one fused call."""
+        if self._fused is None or rescale != 1.0:
+            return super().update_step(rescale)
+        bad, self._bad = self._bad, None
+        if self.tail.before_step is not None:
+            self.tail.before_step()
+        if self.tail.clip is not None:
+            self.tail.clip()
+        return 1 if self._fused.step([p.grad for p in self.params], 1.0, bad) else REFUSED
+
+    def _bind_tail(self) -> None:
+        plain = not self.takes_closure and self._scaler is None and tail_obstacle(self._optimizer, self.params) is None
+        self._fused = FusedTail(self._optimizer, self.params, self._fused_options, None) if plain else None
+
+    def _forward_backward(self, batch: Any, batch_idx: int, first: bool, divisor: int) -> StepOutput:
+        call = self.call
+        if divisor != self._divisor_value:
+            self._divisor_value = divisor
+            self._divisor.fill_(divisor)
+        if call.dirty:
+            self._recheck()
+        out = call.plan(batch) if call.plan is not None and not call.dirty else None
+        if out is None:
+            out = call.guarded(batch, batch_idx)
+        if first:
+            self._zero_grad(batch_idx)
+        if out.loss is not None:
+            self._note_loss(out.loss, first)
+            _accumulate(self.params, list(apart(out.grads or ())), told=not self._hooks.muted)
+            self._hooks.fire("on_after_backward")
+        return out._replace(grads=None)
+
+    def _recheck(self) -> None:
+        now = trainable_params(self._optimizer)
+        if [id(p) for p in now] != [id(p) for p in self.params]:
+            self.params = now
+            self.call.bind(make_micro_step(self._trainable, self._spec, now, self._index))
+            self._bind_tail()
+        self.call.forget_moved()
+        if self._fused is not None:
+            self._fused.refresh()
+
+
+def _accumulate(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], *, told: bool) -> None:
+    """What autograd does at its leaves: hooks on the parameter, then into ``p.grad``, then the hooks behind."""
+    for p, g in zip(params, grads, strict=True):
+        if g is None:
+            continue
+        for hook in (p._backward_hooks or {}).values() if told else ():
+            changed = hook(g)
+            g = g if changed is None else changed
+        if p.grad is None:
+            p.grad = g
+        else:
+            p.grad += g
+        for after in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values() if told else ():
+            after(p)

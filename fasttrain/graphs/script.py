@@ -1,0 +1,264 @@
+"""A step whose own code says when an optimizer moves - a generator, or manual optimization - captured whole, updates and all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import CaptureError
+from fasttrain.graphs.generator import GeneratorStep, mean_of
+from fasttrain.graphs.host import Host, ops
+from fasttrain.graphs.manual import ManualStep, Verbs
+from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, Raw, StepOutput, StepSpec, cast_floats, detached, unwrapped
+from fasttrain.graphs.tail import LossScale
+from fasttrain.graphs.traced import TracedCall
+from fasttrain.module import Trainable, loss_of
+from fasttrain.options import Options
+from fasttrain.results import Build, Obstacle
+
+
+class ScriptStep:
+    """One compiled graph from the batch to the last update. Nothing of it is read on the host.
+
+    ``verbs`` given: manual optimization, whose verbs become operations of the graph; else a generator step.
+    """
+
+    rung = "compile"
+    takes_closure = True
+
+    def __init__(
+        self, trainable: Trainable, spec: StepSpec, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any],
+        options: Options, scaler: LossScale | None, verbs: Verbs | None, eager: GeneratorStep | ManualStep, *, build: Build,
+    ) -> None:  # fmt: skip
+        self._trainable, self._spec, self._verbs, self._scaler, self.eager = trainable, spec, verbs, scaler, eager
+        self.host = Host(optimizers, options, scaler, schedulers, spec.device)
+        self.acts = _Acts(self.host, scaler)
+        self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
+        accumulates = max(options.accumulate_grad_batches.values()) > 1
+        self.call = TracedCall(
+            self._function(), trainable, spec, build=build, own=(self.acts, *([] if verbs is None else [verbs])), eager=self._eagerly,
+            extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor, self.host.order),
+        )  # fmt: skip
+        self._opened, self._window = 0, (True, True, 1)
+
+    @property
+    def epoch(self) -> int:
+        return self.eager.epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self.eager.epoch = value
+
+    @property
+    def moved(self) -> Sequence[int]:
+        return self.host.moved
+
+    @property
+    def calls(self) -> Sequence[TracedCall]:
+        return (self.call,)
+
+    @property
+    def obstacles(self) -> Sequence[Obstacle]:
+        return self.call.obstacles
+
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+        call, host = self.call, self.host
+        if divisor != self._divisor_value:
+            self._divisor_value = divisor
+            self._divisor.fill_(divisor)
+        self._opened, self._window = (1 if first else self._opened + 1), (first, last, divisor)
+        if self._verbs is not None:
+            self._verbs.acts = self.acts
+        elif first:
+            host.new_window()
+        if call.dirty:
+            self._recheck()
+        host.begin(last=last, rescale=divisor / self._opened if last and self._verbs is None else 1.0)
+        try:
+            out = call.plan(batch) if call.plan is not None and not call.dirty else None
+            if out is None:
+                host.looks = True
+                out = call.guarded(batch, batch_idx)
+            if last and self._verbs is None and host.open():
+                host.close()
+        finally:
+            host.looks = False
+            host.end()
+        return out
+
+    def update_step(self, rescale: float) -> int:
+        if self._verbs is None and not self._window[1] and self.host.open():  # a stop has cut the window short
+            self.host.begin(last=True, rescale=rescale)
+            self.host.close()
+            self.host.end()
+        return self.host.result()
+
+    def eager_twin(self, batch: Any, batch_idx: int, held: dict[str, Tensor]) -> tuple[StepOutput, dict[str, Tensor]]:
+        """The micro-step just made, on the eager rung from ``held`` gradients: its output, and the gradients it leaves."""
+        first, last, divisor = self._window
+        eager = self.eager
+        if self._verbs is not None or not first:
+            eager.load_gradients(held)
+        eager.opened = self._opened - 1
+        out = eager.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+        if self._verbs is not None:
+            self._verbs.acts = self.acts
+        return out, {} if self._verbs is None and last else eager.gradients()
+
+    def _eagerly(self, batch: Any, batch_idx: int) -> StepOutput:
+        """A batch that was not traced, on the eager rung; gradients gathered so far go there and come back."""
+        eager, host, last = self.eager, self.host, self._window[1]
+        host.end()
+        out, left = self.eager_twin(batch, batch_idx, self.gradients())
+        refused = (eager.update_step(1.0) if last else 0) == REFUSED
+        host.begin(last=last, rescale=1.0)
+        host.moved, host.refused = list(eager.moved), refused
+        host.new_window()
+        if left:
+            self.load_gradients(left)
+        for p in host.leaves:
+            p.grad = None
+        self.call.dirty = True  # the optimizer's state may be other tensors now
+        return out
+
+    def refresh(self) -> None:
+        self.call.dirty = True
+
+    def gradients(self) -> dict[str, Tensor]:
+        by_id = self.host.gradients()
+        return {n: by_id[id(p)] for n, p in self._trainable.module.named_parameters() if id(p) in by_id}
+
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+        named = self._trainable.module.named_parameters()
+        self.host.load_gradients({id(p): gradients[n].to(p.device).clone() for n, p in named if n in gradients})
+
+    def _recheck(self) -> None:
+        if self.host.changed():
+            self.host.bind()
+            self.call.bind(self._function())
+        self.call.forget_moved()
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.host.leaves):
+            self.call.failed, self.call.plan = True, None
+        for tail in self.host.tails:
+            tail.refresh()
+
+    def _function(self) -> Callable[..., Raw]:
+        if self._verbs is None:
+            return make_generator_step(self._trainable, self._spec, self.host)
+        return make_manual_step(self._trainable, self._spec, self.acts)
+
+
+def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Callable[..., Raw]:
+    """A whole generator step as a pure function, in the form a tracer takes whole."""
+    sink, step, keep = trainable.sink, trainable.step("train"), spec.keep_outputs
+    true_dtype, params, number = TRUE_DTYPES.get(spec.precision), [tuple(p) for p in host.params], host.number
+    turn = ops().turn
+
+    def generator_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None, order: Tensor) -> Raw:
+        sink.items = []
+        if true_dtype is not None:
+            batch = cast_floats(batch, true_dtype)
+        losses: list[Any] = []
+        outputs: list[Any] = []
+        with spec.autocast(cache=False):
+            generator = step(batch, batch_idx, 0)
+        for i, leaves in enumerate(params):
+            with spec.autocast(cache=False):
+                output = unwrapped(next(generator), sink, "train")
+            outputs.append(output)
+            loss = loss_of(output)
+            if loss is None:
+                continue
+            scaled = loss if divisor is None else loss / divisor
+            scaled = scaled if scale is None else scaled * scale
+            grads = torch.autograd.grad(scaled, leaves, allow_unused=True, retain_graph=True)
+            plain = loss.detach()
+            with torch.no_grad():
+                turn(number, i, order, leaves, grads, plain)
+            losses.append(plain)
+        with spec.autocast(cache=False):
+            for _ in generator:
+                pass
+        items = sink.items
+        sink.items = None
+        return Raw(mean_of(losses), (), items, detached(outputs) if keep else None)
+
+    return generator_step
+
+
+class _Acts:
+    """The verbs of manual optimization as operations of a graph."""
+
+    def __init__(self, host: Host, scaler: LossScale | None) -> None:
+        self.host, self._scaler, self._ops = host, scaler, ops()
+        self.toggled = -1
+        self.ever_toggled = False
+        self.scale: Tensor | None = None
+        self.order: Tensor = host.order
+        self.last: Tensor | None = None
+
+    def backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args or kwargs.get("gradient") is not None or kwargs.get("inputs") is not None:
+            raise CaptureError("manual_backward with a gradient or inputs of its own")
+        if self.ever_toggled and self.toggled < 0:
+            raise CaptureError("manual_backward after untoggle_optimizer: what was computed under the toggle has no gradient outside it")
+        host = self.host
+        leaves = tuple(host.leaves if self.toggled < 0 else host.params[self.toggled])
+        scaled = loss if self.scale is None else loss * self.scale
+        grads = torch.autograd.grad(scaled, leaves, allow_unused=True, retain_graph=True)
+        plain = loss.detach()
+        self.last = plain
+        with torch.no_grad():
+            self._ops.add(host.number, self.toggled, self.order, grads, plain)
+
+    def step(self, index: int, closure: Callable[[], Any] | None) -> Any:
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        host = self.host
+        with torch.no_grad():
+            self._ops.step(host.number, index, self.order, tuple(host.params[index]))
+        return result
+
+    def zero_grad(self, index: int, set_to_none: bool) -> None:
+        if not set_to_none:
+            raise CaptureError("zero_grad(set_to_none=False): gradients of zero still move the optimizer's state")
+        self._ops.zero(self.host.number, index, self.order)
+
+    def clip(self, index: int, value: float | None, algorithm: str) -> None:
+        if value and self.scale is not None:
+            raise CaptureError("clip_gradients under a loss scale")
+        if value:
+            self._ops.clip(self.host.number, index, self.order, float(value), algorithm == "norm")
+
+    def toggle(self, index: int | None) -> None:
+        self.toggled = -1 if index is None else index
+        self.ever_toggled = self.ever_toggled or index is not None
+
+    def move(self, index: int, args: tuple[Any, ...]) -> None:
+        if args:
+            raise CaptureError("a scheduler's step with a metric reads it on the host")
+        self._ops.move(self.host.number, index, self.order, [])
+
+
+def make_manual_step(trainable: Trainable, spec: StepSpec, acts: _Acts) -> Callable[..., Raw]:
+    """A whole manual step as a pure function, in the form a tracer takes whole."""
+    sink, step, keep, true_dtype = trainable.sink, trainable.step("train"), spec.keep_outputs, TRUE_DTYPES.get(spec.precision)
+
+    def manual_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None, order: Tensor) -> Raw:
+        sink.items = []
+        acts.order, acts.scale, acts.last, acts.toggled, acts.ever_toggled = order, scale, None, -1, False
+        if true_dtype is not None:
+            batch = cast_floats(batch, true_dtype)
+        with spec.autocast(cache=False):
+            output = unwrapped(step(batch, batch_idx, 0), sink, "train")
+        loss, items = loss_of(output), sink.items
+        plain = acts.last if loss is None else loss.detach()
+        sink.items, acts.last, acts.toggled, acts.ever_toggled = None, None, -1, False
+        return Raw(plain, (), items, detached(output) if keep else None)
+
+    return manual_step

@@ -1,0 +1,141 @@
+"""Several optimizers, one turn each: ``training_step(batch, batch_idx, optimizer_idx)`` once an optimizer, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.graphs.program import REFUSED, StepOutput
+from fasttrain.graphs.step import Step
+from fasttrain.graphs.tail import LossScale
+from fasttrain.graphs.traced import TracedCall
+from fasttrain.results import Obstacle
+
+
+class Turns:
+    """One step of every optimizer whose turn it is; each of them is a step of its own, on its own rung.
+
+    ``frequencies``: optimizer i owns ``frequencies[i]`` batches in a row; None: every optimizer has every batch.
+    ``seen()`` tells how many batches of the fit came before this one.
+    """
+
+    takes_closure = True  # a micro-step that ends a window also updates: the next optimizer's turn sees it
+
+    def __init__(
+        self, steps: Sequence[Step], optimizers: Sequence[torch.optim.Optimizer], frequencies: Sequence[int] | None,
+        seen: Callable[[], int], scaler: LossScale | None,
+    ) -> None:  # fmt: skip
+        self.steps, self._optimizers, self._frequencies, self._seen, self._scaler = steps, optimizers, frequencies, seen, scaler
+        self.everyone = False  # while it is traced and timed
+        self.moved = [0] * len(steps)  # steps taken by each optimizer in the last update
+        self._pending = [0] * len(steps)  # batches whose gradients each optimizer holds
+        self._result = 0
+
+    @property
+    def rung(self) -> str:
+        return next((s.rung for s in self.steps if s.rung == "eager"), self.steps[0].rung)
+
+    @property
+    def epoch(self) -> int:
+        return self.steps[0].epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        for step in self.steps:
+            step.epoch = value
+
+    @property
+    def calls(self) -> Sequence[TracedCall]:
+        return [c for s in self.steps for c in s.calls]
+
+    @property
+    def obstacles(self) -> Sequence[Obstacle]:
+        return [o for s in self.steps for o in s.obstacles]
+
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+        """Everybody's turn on this batch; the outputs of all but the last are in ``earlier``."""
+        outputs: list[StepOutput] = []
+        self.moved, self._result = [0] * len(self.steps), 0
+        if self._scaler is not None:
+            self._scaler.gather()
+        for i in self._whose_turn():
+            step = self.steps[i]
+            with self._toggled(i) if step.rung == "eager" else _as_it_is():
+                out = step.micro_step(batch, batch_idx, first=self._pending[i] == 0, last=last, divisor=divisor)
+                self._pending[i] += 1
+                if last:
+                    self._update(i, divisor / self._pending[i])
+            outputs.append(out)
+        if self._scaler is not None:
+            self._scaler.settle()
+        *earlier, out = outputs
+        if earlier:
+            losses = [o.loss for o in outputs if o.loss is not None]
+            mean = sum(losses[1:], losses[0]) / len(losses) if losses else None
+            returned = [o.returned for o in outputs] if any(o.returned is not None for o in outputs) else None
+            out = out._replace(loss=mean, returned=returned, earlier=earlier)
+        return out
+
+    def update_step(self, rescale: float) -> int:
+        """What the micro-step's updates came to; a window that a stop has cut short is closed here."""
+        if not any(self.moved) and self._result == 0 and any(self._pending):
+            for i, pending in enumerate(self._pending):
+                if pending:
+                    with self._toggled(i) if self.steps[i].rung == "eager" else _as_it_is():
+                        self._update(i, rescale)
+        return self._result or max(self.moved)
+
+    def refresh(self) -> None:
+        for step in self.steps:
+            step.refresh()
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {f"{i}:{n}": g for i, s in enumerate(self.steps) if self._pending[i] for n, g in s.gradients().items()}
+
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+        for i, step in enumerate(self.steps):
+            mine = {n.split(":", 1)[1]: g for n, g in gradients.items() if n.startswith(f"{i}:")}
+            if mine:
+                step.load_gradients(mine)
+                self._pending[i] = 1
+
+    def _update(self, i: int, rescale: float) -> None:
+        stepped = self.steps[i].update_step(rescale)
+        self._pending[i] = 0
+        if stepped == REFUSED:
+            self._result = REFUSED
+        else:
+            self.moved[i] += stepped
+
+    def _whose_turn(self) -> Sequence[int]:
+        if self._frequencies is None or self.everyone:
+            return range(len(self.steps))
+        place = self._seen() % sum(self._frequencies)
+        for i, n in enumerate(self._frequencies):
+            if place < n:
+                return (i,)
+            place -= n
+        raise AssertionError("a place beyond the sum of the frequencies")
+
+    @contextmanager
+    def _toggled(self, i: int) -> Iterator[None]:
+        """Only this optimizer's parameters require a gradient within."""
+        mine = {id(p) for g in self._optimizers[i].param_groups for p in g["params"]}
+        others = {p for o in self._optimizers for g in o.param_groups for p in g["params"] if id(p) not in mine and p.requires_grad}
+        for p in others:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in others:
+                p.requires_grad_(True)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    """A captured turn asks for its own gradients alone: there is nothing to toggle."""
+    yield
