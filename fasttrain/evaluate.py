@@ -101,9 +101,10 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     )
     shown = "sanity" if facade.sanity_checking else stage
     told = (facade.sanity_checking or facade.state.fn != "fit") and display.due != math.inf  # then its end is told too
-    batch_idx = -1
+    batch_idx, progress = -1, facade.progress
     while (batch := ahead()) is not END:
         batch_idx += 1
+        progress.eval_dataloader_idx, progress.eval_batch_idx = index, batch_idx
         if batch is None:
             continue
         if transfer is not None:

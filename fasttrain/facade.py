@@ -204,6 +204,18 @@ class TrainerFacade:
         return self.options.val_every_n_steps
 
     @property
+    def barebones(self) -> bool:
+        return self.options.barebones
+
+    @property
+    def track_grad_norm(self) -> float | None:
+        return self.options.track_grad_norm
+
+    @property
+    def reload_dataloaders_every_n_epochs(self) -> int:
+        return self.options.reload_dataloaders_every_n_epochs
+
+    @property
     def val_enabled(self) -> bool:
         return bool(self.num_val_batches) and sum(self.num_val_batches) > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import threading
@@ -33,6 +34,7 @@ def compile_fit(
     loss: Callable[..., Tensor] | None = None,
     optimizer: Any = None,
     lr_scheduler: Any = None,
+    turns: Callable[[nn.Module, Any, int], Iterator[Any]] | None = None,
     **options: Unpack[OptionsDict],
 ) -> CompiledFit:
     """Give a module, get a trainer whose optimizer step is one captured callable.
@@ -45,6 +47,9 @@ def compile_fit(
             argument is called ``module`` or ``model``. Returns one number.
         optimizer: a ``torch.optim.Optimizer`` over the module's parameters, or ``f(parameters) -> optimizer``.
         lr_scheduler: a scheduler of that optimizer, or ``f(optimizer) -> scheduler``; it moves once an epoch.
+        turns: how the optimizers take their turns on a batch, in place of ``training_step``: a generator function
+            ``turns(module, batch, batch_idx)`` that yields one loss for each optimizer, in order. What stands after a
+            yield sees that optimizer's update.
         **options: Lightning's Trainer arguments by their current names, and ``capture``, ``verify``, ``nonfinite``,
             ``val_every_n_steps`` (see docs/options.md).
 
@@ -60,21 +65,25 @@ def compile_fit(
         trainer = fasttrain.compile_fit(module, max_epochs=3, precision="bf16-mixed", gradient_clip_val=1.0)
         result = trainer.fit(train_loader, val_loader)
     """
-    return CompiledFit(module, make_options(options), loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler)
+    return CompiledFit(module, make_options(options), loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler, turns=turns)
 
 
 class CompiledFit:
     """A module with everything that trains it. Make one with :func:`compile_fit`."""
 
-    def __init__(self, module: nn.Module, options: Options, *, loss: Any, optimizer: Any, lr_scheduler: Any) -> None:
+    def __init__(self, module: nn.Module, options: Options, *, loss: Any, optimizer: Any, lr_scheduler: Any, turns: Any = None) -> None:
         if not isinstance(module, nn.Module):
             raise ModuleError(reject("module", _called(module), "a torch.nn.Module", "Give the module itself, not its class or its path."))
         if loss is not None and (not callable(loss) or isinstance(loss, type)):
             came = repr(loss) if isinstance(loss, str) else _called(loss)
             raise ModuleError(reject("loss", came, "a function loss(output, target)", "E.g. loss=torch.nn.functional.cross_entropy."))
+        if turns is not None and (not inspect.isgeneratorfunction(turns) or loss is not None):
+            came = _called(turns) if loss is None else "one beside loss="
+            wanted = "a generator function turns(module, batch, batch_idx) that yields the losses, and no loss="
+            raise ModuleError(reject("turns", came, wanted, "Write it with yield."))
         self.options = options
         self.result: FitResult | None = None
-        self._trainable = Trainable(module, loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        self._trainable = Trainable(module, loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler, turns=turns)
         self._run: Run | None = None
         self._own_step: OwnLoop | None = None
 

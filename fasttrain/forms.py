@@ -81,6 +81,11 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
             return lambda batch, batch_idx, optimizer_idx: method(batch, optimizer_idx)
         return lambda batch, batch_idx, optimizer_idx: method(batch, batch_idx, optimizer_idx)
 
+    if carries and kinds == [0, 2]:
+        return lambda batch, batch_idx, optimizer_idx: method(batch[0], batch_idx, batch[1])
+    if carries and kinds == [0, 1, 2]:
+        return lambda batch, batch_idx, optimizer_idx: method(batch[0], batch_idx, optimizer_idx, batch[1])
+
     def step(batch: Any, batch_idx: int, optimizer_idx: int) -> Any:
         hiddens = None
         if carries:

@@ -6,10 +6,12 @@ import os
 import tempfile
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasttrain import resume
 from fasttrain.callbacks.adopt import adopt
@@ -22,13 +24,13 @@ from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
 from fasttrain.graphs.program import TRUE_DTYPES, StepSpec
-from fasttrain.graphs.tail import LossScale
+from fasttrain.graphs.tail import GradientNorms, LossScale
 from fasttrain.loaders import open_loaders, restore
 from fasttrain.loggers.choice import make_loggers
 from fasttrain.module import IN_STEP_HOOKS, Trainable
 from fasttrain.options import Options
 from fasttrain.progress import make_progress
-from fasttrain.results import Ledger
+from fasttrain.results import Ledger, LogKey
 from fasttrain.run import Run
 from fasttrain.schedules import check_parameters, parse_optimizers
 
@@ -152,16 +154,31 @@ def make_maker(run: Run) -> StepMaker:
     facade.set_optimizers(parsed.optimizers)
     schedulers = [c.scheduler for c in parsed.schedulers]
     run.verbs.bind(parsed.optimizers, schedulers)
+    hooks = InStepHooks(trainable, run.fire_in_step, frozenset(h for h in IN_STEP_HOOKS if h in trainable.hooks or run.calls(h)))
+    if options.track_grad_norm is not None:
+        run.spec = replace(run.spec, norms=_gradient_norms(run, hooks, options.track_grad_norm))
     maker = StepMaker(
         trainable=trainable, spec=run.spec, optimizers=parsed.optimizers, options=options,
         scaler=LossScale(run.spec.device) if options.precision == "16-mixed" else None,
-        hooks=InStepHooks(trainable, run.fire_in_step, frozenset(h for h in IN_STEP_HOOKS if h in trainable.hooks or run.calls(h))),
+        hooks=hooks,
         say=run.display.line, frequencies=parsed.frequencies, schedulers=schedulers, verbs=run.verbs,
         seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
     )  # fmt: skip
     if trainable.form == "manual":
         run.schedulers = []  # they move when the module moves them
     return maker
+
+
+def _gradient_norms(run: Run, hooks: InStepHooks, norm_type: float) -> GradientNorms:
+    """Norms go where ``self.log(..., on_step=True)`` goes; not while a step is only tried."""
+    made: dict[tuple[str, ...], tuple[LogKey, ...]] = {}
+
+    def tell(names: tuple[str, ...], values: list[Tensor]) -> None:
+        if not hooks.muted:
+            keys = made.setdefault(names, tuple(LogKey(n, False, True, True, False, "mean", None) for n in names))
+            run.facade.train_store.append(keys, values, 1)
+
+    return GradientNorms(norm_type, lambda: {id(p): n for n, p in run.trainable.module.named_parameters()}, tell)
 
 
 def _check_form(run: Run) -> None:

@@ -31,6 +31,8 @@ class Progress:
     divisor: int = 1  # what the open window's losses are divided by
     epoch_open: bool = False
     phase: str = ""  # hooks that may save are running: "batch_end" | "validation" | "epoch_end"; says what a resume still owes
+    eval_dataloader_idx: int = 0  # of the loader that is (or was last) validated, tested or predicted
+    eval_batch_idx: int = -1
     restarting: bool = False  # until the first batch after a resume
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fasttrain import OptionError, compile_fit, seed_everything
 from fasttrain.cadence import limited, validation_interval, window_length
-from fasttrain.options import RETIRED, OptionsDict, defaults, make_options
+from fasttrain.options import OptionsDict, defaults, make_options
+from fasttrain.retired import RETIRED
 from tests.parity import modules as m
 
 OURS = {"seed", "capture", "verify", "nonfinite", "val_every_n_steps", "track_grad_norm"}  # the last was Lightning's until 2.0

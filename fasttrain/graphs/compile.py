@@ -131,7 +131,7 @@ class CompileStep:
 
     def _bind_tail(self) -> None:
         self._step_hooks = _has_step_hooks(self._optimizer)
-        self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler)
+        self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler, self._spec.norms)
 
     def _accumulate(self, out: StepOutput) -> None:
         assert out.grads is not None

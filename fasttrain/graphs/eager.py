@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fasttrain.errors import ModuleError
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, forward, keys_and_values
-from fasttrain.graphs.tail import LossScale, StockTail
+from fasttrain.graphs.tail import GradientNorms, LossScale, StockTail
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options
@@ -32,7 +32,7 @@ class EagerStep:
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
         self._scaler, self._hooks, self._index = scaler, hooks, index
-        self.tail = hooked_tail(optimizer, index, params, options, scaler, hooks)
+        self.tail = hooked_tail(optimizer, index, params, options, scaler, hooks, spec.norms)
         self.takes_closure = "optimizer_step" in trainable.hooks or isinstance(optimizer, torch.optim.LBFGS)
         self.epoch = 0
         self._bad: Tensor | None = None
@@ -47,9 +47,17 @@ class EagerStep:
             return self._forward_backward(batch, batch_idx, first, divisor)
         outputs: list[StepOutput] = []
         rescale = 1.0 if self._opened == divisor else divisor / self._opened
+        # Every evaluation starts from what the window's earlier batches have left.
+        earlier = [] if first else [(p, p.grad.clone()) for _, p in self._own_parameters() if p.grad is not None]
+        before = self._bad
 
         def closure() -> Tensor | None:
-            out = self._forward_backward(batch, batch_idx, first or bool(outputs), divisor)
+            if outputs and not first:
+                self._optimizer.zero_grad(set_to_none=True)
+                self._bad = before
+                for p, grad in earlier:
+                    p.grad = grad.clone()
+            out = self._forward_backward(batch, batch_idx, first, divisor)
             outputs.append(out)
             if not self.tail.prepare(rescale, self._bad):
                 self._stepped = False
@@ -136,10 +144,10 @@ def zero_grad(optimizer: torch.optim.Optimizer, index: int, epoch: int, batch_id
 
 def hooked_tail(
     optimizer: torch.optim.Optimizer, index: int, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None,
-    hooks: InStepHooks,
+    hooks: InStepHooks, norms: GradientNorms | None,
 ) -> StockTail:  # fmt: skip
     """Torch's own update with the hooks that stand before it."""
-    tail = StockTail(optimizer, params, options, scaler)
+    tail = StockTail(optimizer, params, options, scaler, norms)
     if "on_before_optimizer_step" in hooks.live:
         tail.before_step = lambda: hooks.fire("on_before_optimizer_step", optimizer, index)
     if hooks.owned("configure_gradient_clipping"):

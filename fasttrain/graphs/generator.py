@@ -36,7 +36,7 @@ class GeneratorStep:
         self._trainable, self._spec, self._optimizers, self._scaler = trainable, spec, optimizers, scaler
         self._hooks = hooks
         self.check: Callable[[Any], Any] | None = None  # of each yield, in the dry look
-        self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks) for i, o in enumerate(optimizers)]
+        self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks, spec.norms) for i, o in enumerate(optimizers)]
         self.epoch = 0
         self.moved = [0] * len(optimizers)
         self._bad: list[Tensor | None] = [None] * len(optimizers)

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from fasttrain.graphs.program import REFUSED
+from fasttrain.graphs.program import REFUSED, StepSpec
 from fasttrain.graphs.tail import LossScale, Tail, make_tail, trainable_params
 from fasttrain.options import Options
 
@@ -58,13 +58,14 @@ class Host:
 
     def __init__(
         self, optimizers: Sequence[torch.optim.Optimizer], options: Options, scaler: LossScale | None, schedulers: Sequence[Any],
-        device: torch.device,
+        spec: StepSpec,
     ) -> None:  # fmt: skip
         ops()
         self.number = next(i for i in range(len(_HOSTS) + 1) if i not in _HOSTS)
         _HOSTS[self.number] = self
         self._optimizers, self._options, self._scaler, self._schedulers = optimizers, options, scaler, schedulers
-        self.order = torch.zeros((), device=device)
+        self._norms = spec.norms
+        self.order = torch.zeros((), device=spec.device)
         self.moved = [0] * len(optimizers)
         self.refused = False
         self.looks = False  # the compiler may hand copies of the weights over: looked at whenever the guards were
@@ -83,7 +84,7 @@ class Host:
         self._buffers: list[Tensor | None] = [None] * len(self.leaves)
         self._copied = [False] * len(self.params)
         self.tails: list[Tail] = [
-            make_tail(o, ps, self._options, self._scaler) for o, ps in zip(self._optimizers, self.params, strict=True)
+            make_tail(o, ps, self._options, self._scaler, self._norms) for o, ps in zip(self._optimizers, self.params, strict=True)
         ]
 
     def changed(self) -> bool:

@@ -172,7 +172,7 @@ class ManualStep:
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._scaler, self._verbs, self._hooks = trainable, spec, scaler, verbs, hooks
         self._optimizers, self._schedulers = optimizers, schedulers
-        self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks) for i, o in enumerate(optimizers)]
+        self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks, spec.norms) for i, o in enumerate(optimizers)]
         self.epoch = self.opened = 0
         self.moved = [0] * len(optimizers)
         self._bad: Tensor | None = None

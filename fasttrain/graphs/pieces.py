@@ -65,7 +65,7 @@ class PiecedStep(EagerStep):
 
     def _bind_tail(self) -> None:
         plain = not self.takes_closure and self._scaler is None and tail_obstacle(self._optimizer, self.params) is None
-        self._fused = FusedTail(self._optimizer, self.params, self._fused_options, None) if plain else None
+        self._fused = FusedTail(self._optimizer, self.params, self._fused_options, None, self._spec.norms) if plain else None
 
     def _forward_backward(self, batch: Any, batch_idx: int, first: bool, divisor: int) -> StepOutput:
         call = self.call

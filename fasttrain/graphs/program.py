@@ -28,6 +28,7 @@ class StepSpec:
     precision: Precision
     device: torch.device
     keep_outputs: bool  # somebody reads what training_step returned
+    norms: Any = None  # what hears of gradient norms (tail.GradientNorms), under track_grad_norm
 
     def autocast(self, *, cache: bool = True) -> AbstractContextManager[Any]:
         """The forward's context under this precision."""

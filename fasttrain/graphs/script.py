@@ -34,7 +34,7 @@ class ScriptStep:
         options: Options, scaler: LossScale | None, verbs: Verbs | None, eager: GeneratorStep | ManualStep, *, build: Build,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._verbs, self._scaler, self.eager = trainable, spec, verbs, scaler, eager
-        self.host = Host(optimizers, options, scaler, schedulers, spec.device)
+        self.host = Host(optimizers, options, scaler, schedulers, spec)
         self.acts = _Acts(self.host, scaler)
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
         accumulates = max(options.accumulate_grad_batches.values()) > 1

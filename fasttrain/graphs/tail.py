@@ -31,12 +31,42 @@ def trainable_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return list(seen.values())
 
 
+class GradientNorms:
+    """``track_grad_norm``: each parameter's norm and that of all together, unscaled and before clipping; read by nobody here.
+
+    ``names()`` maps the ids of parameters to their names; ``tell(names, values)`` hears of every update's norms.
+    """
+
+    def __init__(
+        self, norm_type: float, names: Callable[[], dict[int, str]], tell: Callable[[tuple[str, ...], list[Tensor]], None]
+    ) -> None:
+        self._type, self._names, self._tell = norm_type, names, tell
+        self._known: dict[int, str] = {}
+
+    @torch.no_grad()
+    def __call__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], factor: float = 1.0) -> None:
+        present = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None and g.layout is torch.strided]
+        if not present:
+            return
+        if any(id(p) not in self._known for p, _ in present):
+            self._known = self._names()
+        norms = list(torch._foreach_norm([g for _, g in present], self._type))
+        if factor != 1.0:
+            torch._foreach_mul_(norms, factor)
+        total = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]), self._type)
+        prefix = f"grad_{float(self._type)}_norm"
+        names = tuple(f"{prefix}/{self._known.get(id(p), '?')}" for p, _ in present)
+        self._tell((*names, f"{prefix}_total"), [*norms, total])
+
+
 class FusedTail:
     """Native kernels over the optimizer's own state; the CPU knows at once whether the step was taken."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None
-    ) -> None:
+        self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None,
+        norms: GradientNorms | None = None,
+    ) -> None:  # fmt: skip
+        self._params, self._norms = params, norms
         self._native = NativeTail(optimizer, params)
         self._scaler = scaler
         by_norm = options.gradient_clip_algorithm == "norm"
@@ -48,6 +78,8 @@ class FusedTail:
 
     def step(self, grads: Sequence[Tensor | None], rescale: float, loss: Tensor | None) -> bool:
         scaler = self._scaler
+        if self._norms is not None:
+            self._norms(self._params, grads, rescale if scaler is None else rescale / scaler.value)
         skipped = self._native.step(
             grads, max_norm=self._max_norm, clip_value=self._clip_value,
             grad_scale=rescale if scaler is None else rescale / scaler.value,
@@ -67,9 +99,10 @@ class StockTail:
     """Torch's own unscale, clip and ``optimizer.step``, as a plain loop would write them."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None
-    ) -> None:
-        self._optimizer, self._params, self._options, self._scaler = optimizer, list(params), options, scaler
+        self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None,
+        norms: GradientNorms | None = None,
+    ) -> None:  # fmt: skip
+        self._optimizer, self._params, self._options, self._scaler, self._norms = optimizer, list(params), options, scaler, norms
         self.before_step: Callable[[], None] | None = None  # hooks between unscale and clip
         self.clip: Callable[[], None] | None = None  # configure_gradient_clipping, when overridden
 
@@ -98,6 +131,8 @@ class StockTail:
             scaler.update(found_inf=not finite)
             if not finite:
                 return False
+        if self._norms is not None:
+            self._norms(params, [p.grad for p in params])
         if self.before_step is not None:
             self.before_step()
         if options.nonfinite != "ignore" and scaler is None and loss is not None and not bool(torch.isfinite(loss)):
@@ -170,11 +205,14 @@ class LossScale:
         self.tensor.fill_(self.value)
 
 
-def make_tail(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None) -> Tail:
+def make_tail(
+    optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None,
+    norms: GradientNorms | None = None,
+) -> Tail:  # fmt: skip
     """The fastest tail that is right for this optimizer; ``tail_obstacle`` says why it is not the fused one."""
     if tail_obstacle(optimizer, params) is None:
-        return FusedTail(optimizer, params, options, scaler)
-    return StockTail(optimizer, params, options, scaler)
+        return FusedTail(optimizer, params, options, scaler, norms)
+    return StockTail(optimizer, params, options, scaler, norms)
 
 
 def tail_obstacle(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> str | None:

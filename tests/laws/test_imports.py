@@ -13,7 +13,7 @@ import fasttrain
 
 ROOT = Path(fasttrain.__file__).parent
 FLOORS = {
-    "errors": 0, "options": 0, "state": 0,
+    "errors": 0, "retired": 0, "options": 0, "state": 0,
     "results": 1, "step_result": 1, "cadence": 1, "reach": 1, "kernels": 1,
     "forms": 2, "module": 2, "combined": 2, "data": 2, "graphs": 2,
     "callbacks": 3, "loggers": 3, "progress": 3, "checkpoint": 3, "facade": 3, "display": 3,
