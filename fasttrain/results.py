@@ -301,6 +301,7 @@ class Build:
     """How a step was compiled: what a later run must repeat to compute the same bits."""
 
     kernel_threads: int  # threads in each generated CPU kernel; matrix products and the update use torch's count
+    cut: bool = False  # in compiled stretches, because the step cannot be traced whole
     cpp_wrapper: bool = False  # calls between kernels in C++ too: quicker to run, slower to compile
 
 

@@ -8,8 +8,8 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
-from typing import Any
+from types import FunctionType, GeneratorType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,20 @@ def _plain_attributes(module: Any) -> dict[str, Any]:
             continue
         if isinstance(value, (*_COPIED, Tensor, int, float, str, bool, tuple, type(None))) or _is_array(value):
             out[name] = (value, _kept(value))
+        elif _is_iterator(value):
+            out[name] = (_Iterator(copy.copy(value)), None)
     return out
+
+
+class _Iterator(NamedTuple):
+    """An iterator as it stood: stepping it cannot be undone, so a copy takes its place."""
+
+    before: Any
+
+
+def _is_iterator(value: Any) -> bool:
+    """One of Python's own that can be copied where it stands (a generator cannot)."""
+    return type(value).__module__ in ("builtins", "itertools") and hasattr(value, "__next__") and not isinstance(value, GeneratorType)
 
 
 def _is_array(value: Any) -> bool:
@@ -213,6 +226,8 @@ def _kept(value: Any, depth: int = 0) -> Any:
 
 
 def _put_back(value: Any, kept: Any) -> Any:
+    if isinstance(value, _Iterator):
+        return copy.copy(value.before)
     if kept is None:
         return value
     if isinstance(value, Tensor):

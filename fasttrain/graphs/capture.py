@@ -6,7 +6,9 @@ import math
 import random
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ import torch
 from fasttrain.errors import CaptureError, DataError, FasttrainError
 from fasttrain.graphs import decisions
 from fasttrain.graphs.contract import copied, describe
+from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.explain import AROUND, gradient_hooks, hook_obstacles, obstacle_from
-from fasttrain.graphs.look import look
-from fasttrain.graphs.maker import StepMaker, everyone
+from fasttrain.graphs.look import first_part, look
+from fasttrain.graphs.maker import StepMaker, cut_functions, everyone
+from fasttrain.graphs.program import forward
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
 from fasttrain.graphs.verify import verified
@@ -24,6 +28,7 @@ from fasttrain.module import IN_STEP_HOOKS
 from fasttrain.options import Options
 from fasttrain.results import Build, CaptureReport, Obstacle
 
+LEAST_OPS = 8  # operations in a compiled stretch, on the average, from which cutting is tried
 SAVING = 0.3  # the least share of an eager step that compiling is expected to save when nothing was measured yet
 
 
@@ -124,36 +129,72 @@ def _eager(maker: StepMaker, report: CaptureReport, why: str) -> tuple[Step, Cap
 def _traced(
     maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: Build | None = None, *, graph: bool = False
 ) -> tuple[Step, CaptureReport]:
-    """Trace now, on a snapshot, so that a failure costs nothing but time."""
+    """Trace now, on a snapshot, so that a failure costs nothing but time; what cannot be had whole is cut in pieces."""
     build = build or Build(kernel_threads=torch.get_num_threads())
+    if build.cut:
+        return _cut(maker, report, batch, why, build)
     step = maker.captured(build, graph=graph)
     maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
-    before = maker.snapshot()
-    error: Exception | None = None
-    everyone(step, True)
-    try:
-        with maker.trial():
-            step.micro_step(copied(batch), 0, first=True, last=True, divisor=1)
-        if any(g.layout is not torch.strided for g in step.gradients().values()):
-            raise CaptureError("a sparse gradient: the captured update takes dense ones")
-    except Exception as caught:
-        error = caught
-    before.restore()
-    everyone(step, False)
-    maker.trainable.sink.items = None
+    error = _try(maker, step, batch)
+    if error is None and any(g.layout is not torch.strided for g in step.gradients().values()):
+        error = CaptureError("a sparse gradient: the captured update takes dense ones")
     if error is not None:
         report.obstacles.append(obstacle_from(error))
-        if maker.options.capture != "auto":
-            raise CaptureError(f"capture={maker.options.capture!r} cannot be had: {report.obstacles[-1]}") from error
-        return _eager(maker, report, f"it cannot be traced whole: {report.obstacles[-1]}")
+        if maker.trainable.form in ("single", "indexed") and maker.options.capture != "graph":
+            return _cut(maker, report, batch, why, replace(build, cut=True, cpp_wrapper=False))
+        return _not_captured(maker, report, error)
     report.compile_s, report.traces = sum(c.compile_s for c in step.calls), sum(c.traces for c in step.calls)
     maker.say(f"compiled in {report.compile_s:.1f} s")
     step.refresh()
     report.rung, report.pieces, report.why = step.rung, len(step.calls), why
     report.whole = report.pieces == 1 and not (maker.trainable.form in ("single", "indexed") and maker.in_pieces())
-    report.threads = torch.get_num_threads()
-    report.build = build
+    report.threads, report.build = torch.get_num_threads(), build
     return step, report
+
+
+def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: Build) -> tuple[Step, CaptureReport]:
+    """Compiled stretches around what cannot be traced; eager where they come to next to nothing."""
+    started = time.perf_counter()
+    step = maker.captured(build)
+    functions, error, pieces = cut_functions(step), None, 0
+    for _ in range(3):  # counters and numbers change at the second; forward alone, so that no gradient hook hears of it
+        before = sum(f.ran for f in functions)
+        error = error or _try(maker, step, batch, functions)
+        pieces = sum(f.ran for f in functions) - before
+    if error is not None:
+        return _not_captured(maker, report, error)
+    if maker.options.capture == "auto" and sum(f.ops for f in functions) < LEAST_OPS * max(1, pieces):
+        return _eager(maker, report, f"it cannot be traced whole, and its {pieces} pieces are small: {report.obstacles[-1]}")
+    report.compile_s = time.perf_counter() - started
+    maker.say(f"compiled in {pieces} pieces in {report.compile_s:.1f} s")
+    report.rung, report.whole, report.pieces, report.why = "compile", False, pieces, why
+    report.threads, report.build = torch.get_num_threads(), build
+    return step, report
+
+
+def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception) -> tuple[Step, CaptureReport]:
+    if maker.options.capture != "auto":
+        raise CaptureError(f"capture={maker.options.capture!r} cannot be had: {report.obstacles[-1]}") from error
+    return _eager(maker, report, f"it cannot be traced whole: {report.obstacles[-1]}")
+
+
+def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFunction] = ()) -> Exception | None:
+    """One whole micro-step (or these ``functions`` of it) from a snapshot that is put back; what went wrong."""
+    before = maker.snapshot()
+    everyone(step, True)
+    try:
+        with maker.trial():
+            for i, function in enumerate(functions):
+                forward(maker.trainable, maker.spec, "train", first_part(maker.trainable, copied(batch)), 0, i, function)
+            if not functions:
+                step.micro_step(copied(batch), 0, first=True, last=True, divisor=1)
+    except Exception as error:
+        return error
+    finally:
+        before.restore()
+        everyone(step, False)
+        maker.trainable.sink.items = None
+    return None
 
 
 def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float) -> tuple[Step, CaptureReport]:
@@ -183,6 +224,7 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
         torch.set_num_threads(known["eager_threads"])
         return _eager(maker, report, "measured before on this machine")
     torch.set_num_threads(known["threads"])
+    report.obstacles += [Obstacle(**o) for o in known.get("obstacles", [])]
     return _traced(maker, report, batch, "measured before on this machine", Build(**known["build"]), graph=graph)
 
 
@@ -210,7 +252,9 @@ def _measured(
     threads = most if times[f"captured/{most}"] < 0.9 * times["captured/1"] else 1
     captured = times[f"captured/{threads}"]
     report.timings_us = times
-    decided = {"threads": threads, "build": vars(build), "eager_us": times["eager"], "captured_us": captured, "warm_compile_s": 3.0}
+    assert report.build is not None
+    decided = {"threads": threads, "build": vars(report.build), "obstacles": [vars(o) for o in report.obstacles],
+               "eager_us": times["eager"], "captured_us": captured, "warm_compile_s": 3.0}  # fmt: skip
     decisions.remember(key, known | decided)
     if captured >= times["eager"]:
         torch.set_num_threads(eager_threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class EagerStep:
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
         self._scaler, self._hooks, self._index = scaler, hooks, index
         self.tail = hooked_tail(optimizer, index, params, options, scaler, hooks, spec.norms)
+        self.function: Callable[[Any, int, int], Any] = trainable.step("train")
         self.takes_closure = "optimizer_step" in trainable.hooks or isinstance(optimizer, torch.optim.LBFGS)
         self.epoch = 0
         self._bad: Tensor | None = None
@@ -96,7 +97,7 @@ class EagerStep:
         return [(n, p) for n, p in self._trainable.module.named_parameters() if id(p) in mine]
 
     def _forward_backward(self, batch: Any, batch_idx: int, first: bool, divisor: int) -> StepOutput:
-        output, items = forward(self._trainable, self._spec, "train", batch, batch_idx, self._index)
+        output, items = forward(self._trainable, self._spec, "train", batch, batch_idx, self._index, self.function)
         loss = loss_of(output)
         keys, values = self._cached(items)
         if first:

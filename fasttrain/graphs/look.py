@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fasttrain.errors import ModuleError, reject
@@ -10,7 +11,7 @@ from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
 from fasttrain.graphs.splits import split_along_time
-from fasttrain.module import hiddens_of
+from fasttrain.module import Trainable, hiddens_of
 
 
 def look(maker: StepMaker, batch: Any) -> None:
@@ -33,15 +34,24 @@ def _forward(maker: StepMaker, batch: Any, i: int) -> Any:
 
 
 def _splits(maker: StepMaker, batch: Any) -> None:
-    trainable, length = maker.trainable, maker.trainable.split_length
-    own = "tbptt_split_batch" in trainable.hooks
-    parts = trainable.call("tbptt_split_batch", batch, length) if own else split_along_time(batch, length)
+    parts = _parts(maker.trainable, batch)
     for i in range(len(maker.optimizers)):
         output = _forward(maker, Carried(parts[0], None), i)
         if len(parts) > 1 and output is not None and hiddens_of(output) is None:
             came = f"{len(parts)} splits and no hiddens in what training_step returned"
             raise ModuleError(reject("hiddens", came, "{'loss': loss, 'hiddens': state} (or a TrainResult with hiddens)",
                                      "Return the state the next split starts from."))  # fmt: skip
+
+
+def first_part(trainable: Trainable, batch: Any) -> Any:
+    """What ``training_step`` sees first: the batch, or its first split."""
+    return Carried(_parts(trainable, batch)[0], None) if trainable.split_length else batch
+
+
+def _parts(trainable: Trainable, batch: Any) -> Sequence[Any]:
+    own, length = "tbptt_split_batch" in trainable.hooks, trainable.split_length
+    parts: Sequence[Any] = trainable.call("tbptt_split_batch", batch, length) if own else split_along_time(batch, length)
+    return parts
 
 
 def _whole_step(maker: StepMaker, batch: Any) -> None:

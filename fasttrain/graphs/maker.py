@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from fasttrain.graphs.compile import CompileStep
+from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.explain import AROUND, gradient_hooks
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.manual import ManualStep, Verbs
-from fasttrain.graphs.pieces import PiecedStep
+from fasttrain.graphs.pieces import CutStep, PiecedStep
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.splits import SplitStep, split_along_time
@@ -55,7 +56,9 @@ class StepMaker:
         """The compile (or graph) rung of this module's form."""
         form = self.trainable.form
         step: Step
-        if form in ("generator", "manual"):
+        if build.cut:
+            step = self._turns([self._cut_one(i, build) for i in range(len(self.optimizers))])
+        elif form in ("generator", "manual"):
             eager = self._eager()
             assert isinstance(eager, (GeneratorStep, ManualStep))
             verbs = self.verbs if form == "manual" else None
@@ -107,6 +110,9 @@ class StepMaker:
             return PiecedStep(self.trainable, self.spec, optimizer, self.options, self.scaler, self.hooks, i, build=build)
         return CompileStep(self.trainable, self.spec, optimizer, self.options, self.scaler, i, build=build, graph=graph)
 
+    def _cut_one(self, i: int, build: Build) -> Step:
+        return CutStep(self.trainable, self.spec, self.optimizers[i], self.options, self.scaler, self.hooks, i, build=build)
+
     def _turns(self, steps: Sequence[Step]) -> Step:
         if len(steps) == 1:
             return steps[0]
@@ -119,6 +125,14 @@ class StepMaker:
         if "tbptt_split_batch" in trainable.hooks:
             return SplitStep(step, lambda batch: trainable.call("tbptt_split_batch", batch, length))
         return SplitStep(step, lambda batch: split_along_time(batch, length))
+
+
+def cut_functions(step: Step) -> list[CutFunction]:
+    """Those of a step in compiled stretches; none for any other."""
+    if isinstance(step, SplitStep):
+        step = step.step
+    steps = step.steps if isinstance(step, Turns) else [step]
+    return [s.cut for s in steps if isinstance(s, CutStep)]
 
 
 def everyone(step: Step, on: bool) -> None:

@@ -1,4 +1,4 @@
-"""A step with hooks inside it: forward and backward as one captured piece, the hooks and the update around it as eagerly."""
+"""Steps with something between their captured pieces: hooks around forward and backward, or Python in their middle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, make_micro_step
@@ -19,38 +20,21 @@ from fasttrain.options import Options
 from fasttrain.results import Build
 
 
-class PiecedStep(EagerStep):
-    """Every hook and closure sees ``p.grad``, as on the eager rung; only what they stand around is captured.
-
-    A closure (LBFGS, ``optimizer_step``) replays the captured piece as often as it is called.
-    """
+class HookedStep(EagerStep):
+    """The eager step with a fused update behind its hooks, where the optimizer allows one."""
 
     rung = "compile"
 
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options, scaler: LossScale | None,
-        hooks: InStepHooks, index: int = 0, *, build: Build,
+        hooks: InStepHooks, index: int = 0,
     ) -> None:  # fmt: skip
         self.params = trainable_params(optimizer)
         super().__init__(trainable, spec, optimizer, self.params, options, scaler, hooks, index)
-        self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
-        accumulates = max(options.accumulate_grad_batches.values()) > 1
-        self.call = TracedCall(
-            make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build,
-            extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
-        )  # fmt: skip
-        self.calls, self.obstacles = (self.call,), self.call.obstacles
         # A module that clips by itself leaves nothing to clip; unscaling comes before the hooks, so it is torch's.
         self._fused_options = replace(options, gradient_clip_val=None) if self.tail.clip is not None else options
         self._fused: FusedTail | None = None
         self._bind_tail()
-
-    def refresh(self) -> None:
-        self.call.dirty = True
-
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
-        self.call.dirty = True  # the hooks of the step before were anybody's code
-        return super().micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
 
     def update_step(self, rescale: float) -> int:
         """As on the eager rung; where the optimizer allows it, what follows the hooks is one fused call."""
@@ -67,13 +51,53 @@ class PiecedStep(EagerStep):
         plain = not self.takes_closure and self._scaler is None and tail_obstacle(self._optimizer, self.params) is None
         self._fused = FusedTail(self._optimizer, self.params, self._fused_options, None, self._spec.norms) if plain else None
 
+    def _look_again(self) -> bool:
+        """Somebody's code ran: do other parameters train now?"""
+        now = trainable_params(self._optimizer)
+        changed = [id(p) for p in now] != [id(p) for p in self.params]
+        if changed:
+            self.params = now
+            self._bind_tail()
+        if self._fused is not None:
+            self._fused.refresh()
+        return changed
+
+
+class PiecedStep(HookedStep):
+    """Every hook and closure sees ``p.grad``, as on the eager rung; what they stand around is captured whole.
+
+    A closure (LBFGS, ``optimizer_step``) replays the captured piece as often as it is called.
+    """
+
+    def __init__(
+        self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options, scaler: LossScale | None,
+        hooks: InStepHooks, index: int = 0, *, build: Build,
+    ) -> None:  # fmt: skip
+        super().__init__(trainable, spec, optimizer, options, scaler, hooks, index)
+        self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
+        accumulates = max(options.accumulate_grad_batches.values()) > 1
+        self.call = TracedCall(
+            make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build,
+            extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
+        )  # fmt: skip
+        self.calls, self.obstacles = (self.call,), self.call.obstacles
+
+    def refresh(self) -> None:
+        self.call.dirty = True
+
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+        self.call.dirty = True  # the hooks of the step before were anybody's code
+        return super().micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+
     def _forward_backward(self, batch: Any, batch_idx: int, first: bool, divisor: int) -> StepOutput:
         call = self.call
         if divisor != self._divisor_value:
             self._divisor_value = divisor
             self._divisor.fill_(divisor)
         if call.dirty:
-            self._recheck()
+            if self._look_again():
+                call.bind(make_micro_step(self._trainable, self._spec, self.params, self._index))
+            call.forget_moved()
         out = call.plan(batch) if call.plan is not None and not call.dirty else None
         if out is None:
             out = call.guarded(batch, batch_idx)
@@ -85,15 +109,26 @@ class PiecedStep(EagerStep):
             self._hooks.fire("on_after_backward")
         return out._replace(grads=None)
 
-    def _recheck(self) -> None:
-        now = trainable_params(self._optimizer)
-        if [id(p) for p in now] != [id(p) for p in self.params]:
-            self.params = now
-            self.call.bind(make_micro_step(self._trainable, self._spec, now, self._index))
-            self._bind_tail()
-        self.call.forget_moved()
-        if self._fused is not None:
-            self._fused.refresh()
+
+class CutStep(HookedStep):
+    """A step the tracer cannot take whole: compiled stretches, ordinary autograd across them, the fused update behind."""
+
+    def __init__(
+        self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options, scaler: LossScale | None,
+        hooks: InStepHooks, index: int = 0, *, build: Build,
+    ) -> None:  # fmt: skip
+        super().__init__(trainable, spec, optimizer, options, scaler, hooks, index)
+        self.function = self.cut = CutFunction(trainable.step("train"), spec, build)
+        self._dirty = False
+
+    def refresh(self) -> None:
+        self._dirty = True
+
+    def update_step(self, rescale: float) -> int:
+        if self._dirty:
+            self._dirty = False
+            self._look_again()
+        return super().update_step(rescale)
 
 
 def _accumulate(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], *, told: bool) -> None:

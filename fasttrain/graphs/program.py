@@ -76,16 +76,17 @@ class Raw(NamedTuple):
 
 
 def forward(
-    trainable: Trainable, spec: StepSpec, stage: str, batch: Any, batch_idx: int, index: int = 0
-) -> tuple[Any, list[tuple[Any, ...]]]:
-    """Run one step of ``stage`` and collect what it logged. Nothing is read on the host."""
+    trainable: Trainable, spec: StepSpec, stage: str, batch: Any, batch_idx: int, index: int = 0,
+    function: Callable[[Any, int, int], Any] | None = None,
+) -> tuple[Any, list[tuple[Any, ...]]]:  # fmt: skip
+    """Run one step of ``stage`` (``function`` in its place) and collect what it logged. Nothing is read on the host."""
     sink = trainable.sink
     sink.items = []
     try:
         if spec.precision in TRUE_DTYPES:
             batch = cast_floats(batch, TRUE_DTYPES[spec.precision])
         with spec.autocast(), spec.default_dtype():
-            output = unwrapped(trainable.step(stage)(batch, batch_idx, index), sink, stage)
+            output = unwrapped((function or trainable.step(stage))(batch, batch_idx, index), sink, stage)
         return output, sink.items
     finally:
         sink.items = None

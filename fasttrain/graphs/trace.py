@@ -38,16 +38,12 @@ class Trace:
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
         self.count = 0
         self.entry: _Entry | None = None
-        # A code object and a name of its own: Dynamo's cache and recompile limit belong to the code, and what it
-        # has learnt of changing sizes to the code's name and place, not to the closure.
         assert isinstance(function, FunctionType)
-        code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
-        renamed = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-        self._call = torch.compile(renamed, fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
+        self._call = torch.compile(numbered(function), fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), _quiet():
+        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), quiet():
             out: Raw = self._call(*args)
         return out
 
@@ -72,8 +68,15 @@ class Trace:
         return recorded
 
 
+def numbered(function: FunctionType) -> FunctionType:
+    """The function with a code object and a name of its own: Dynamo's cache and recompile limit belong to the code, and
+    what it has learnt of changing sizes to the code's name and place, not to the closure."""
+    code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Dynamo logs what we report in a sentence ourselves; its errors still come as exceptions."""
     log = logging.getLogger("torch._dynamo")
     level = log.level

@@ -170,8 +170,8 @@ def test_tied_frozen_and_unused() -> None:
     assert compiled.capture.direct
 
 
-def test_what_cannot_be_captured_trains_eagerly() -> None:
-    """A branch on a value: capture="compile" is refused with file and line, "auto" trains right and says what stands in the way."""
+def test_what_cannot_be_captured_whole_is_cut() -> None:
+    """A branch on a value: compiled stretches on both sides of it, file and line named; too small ones are left eager by "auto"."""
 
     class Branches(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -180,8 +180,17 @@ def test_what_cannot_be_captured_trains_eagerly() -> None:
                 raise ValueError("diverged")
             return loss
 
-    with pytest.raises(fasttrain.CaptureError, match=r"test_compile_rung\.py:\d+"):
-        fasttrain.compile_fit(Branches(), max_epochs=1, capture="compile", **QUIET).fit(batches([8] * 3))
+    weights = []
+    for capture in ("eager", "compile"):
+        torch.manual_seed(0)
+        module = Branches()
+        trainer = fasttrain.compile_fit(module, max_epochs=1, capture=capture, **QUIET)
+        result = trainer.fit(batches([8] * 6))
+        assert result.capture.rung == capture
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert (result.capture.whole, result.capture.pieces) == (False, 2)
+    assert "test_compile_rung.py" in trainer.explain()
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
     trainer = fasttrain.compile_fit(Branches(), max_epochs=1, capture="auto", deterministic=True, **QUIET)
     result = trainer.fit(batches([8] * 3))
     assert (result.steps, result.capture.rung) == (3, "eager")
