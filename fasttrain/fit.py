@@ -19,13 +19,14 @@ from fasttrain.evaluate import evaluate, predict
 from fasttrain.graphs.capture import settings
 from fasttrain.graphs.explain import explain
 from fasttrain.loaders import evaluation_sources
-from fasttrain.loop import fit_loop, save_interrupted
+from fasttrain.loop import fit_loop
 from fasttrain.module import Trainable, attached
 from fasttrain.options import Options, OptionsDict, make_options
 from fasttrain.own_loop import OwnLoop
 from fasttrain.results import FitResult, to_floats
 from fasttrain.run import Run
 from fasttrain.setup import make_run, prepare_training, set_up, tear_down
+from fasttrain.stopping import save_interrupted
 
 
 def compile_fit(

@@ -71,7 +71,7 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
             "training_step takes 'hiddens', but truncated_bptt_steps is not set: set self.truncated_bptt_steps = n in the module's "
             "__init__ (time steps in a split), or leave hiddens out."
         )
-    kinds = [_kind(n) for n in names[1:4]] if names[1:] != ["*"] else [0]
+    kinds = [0] if names[1:] == ["*"] else [k for i, n in enumerate(names[1:]) if (k := _kind(n)) or i == 0]
     if not carries and kinds in ([], [0], [1], [0, 1]):  # the plain forms, without a detour: these are traced as they are
         if not kinds:
             return lambda batch, batch_idx, optimizer_idx: method(batch)
@@ -94,6 +94,28 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
         return method(batch, *[given[k] for k in kinds])
 
     return step
+
+
+def eval_adapter(method: Callable[..., Any], *, alone: bool) -> Callable[[Any, int, int], Any]:
+    """``f(batch, batch_idx, dataloader_idx)`` for a step that takes any of them; defaults of the user's own stay.
+
+    ``alone``: there is one loader, so a ``dataloader_idx`` with a default keeps it too.
+    """
+    parameters = list(inspect.signature(method).parameters.values())
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx, dataloader_idx)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for p in parameters if p.kind in kinds][:3]
+    third = parameters[2] if len(parameters) == 3 else None
+    if third is not None and third.default is not inspect.Parameter.empty and (alone or third.name not in DATALOADER_IDX):
+        parameters.pop()
+    if len(parameters) == 3:
+        return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx, dataloader_idx)
+    if len(parameters) == 2 and parameters[1].name in DATALOADER_IDX:
+        return lambda batch, batch_idx, dataloader_idx: method(batch, dataloader_idx)
+    if len(parameters) == 2:
+        return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx)
+    return lambda batch, batch_idx, dataloader_idx: method(batch)
 
 
 def ended_by(end: Callable[[Any], Any], step: Callable[[Any, int, int], Any], form: Form) -> Callable[[Any, int, int], Any]:

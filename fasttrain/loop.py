@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
-from fasttrain.cadence import epoch_done, steps_done, validation_interval, window_length
+from fasttrain.cadence import validation_interval, window_length
 from fasttrain.data import END, Lookahead
 from fasttrain.errors import DataError, NonFiniteError, reject
 from fasttrain.evaluate import epoch_end, evaluate, sanity_check
@@ -20,6 +19,7 @@ from fasttrain.run import Run
 from fasttrain.schedules import moved_schedulers, step_schedulers
 from fasttrain.state import rng_state, set_rng_state
 from fasttrain.step_result import for_epoch_end, rebuilt
+from fasttrain.stopping import deadline, finished, granted, save_interrupted, stops
 
 
 def fit_loop(run: Run) -> None:
@@ -28,25 +28,13 @@ def fit_loop(run: Run) -> None:
     if run.options.num_sanity_val_steps and run.val and not progress.epoch_open:
         sanity_check(run)
     facade.state.stage = "train"
+    if finished(run):  # nothing to train
+        return
     run.fire("on_train_start")
     run.started = time.perf_counter()
-    while not _finished(run):
+    while not finished(run):
         _epoch(run)
     run.fire("on_train_end")
-
-
-def _finished(run: Run) -> bool:
-    options, progress = run.options, run.facade.progress
-    if run.stopped_by:
-        return True
-    if epoch_done(progress.epoch, options.max_epochs):
-        run.stopped_by = "max_epochs"
-    elif steps_done(progress.global_step, options.max_steps):
-        run.stopped_by = "max_steps"
-    elif run.facade.should_stop and _may_stop(run):
-        run.stopped_by = _who_stopped(run)
-    assert run.train is not None
-    return bool(run.stopped_by) or run.train.batches == 0
 
 
 def _epoch(run: Run) -> None:
@@ -114,14 +102,14 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     by_epoch = [s for s in run.schedulers if s.interval == "epoch" and not s.reduce_on_plateau]
     plateaus = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]
     ended = False
-    deadline = _deadline(run)
+    until = deadline(run)
     if progress.phase:
         _finish_resumed_batch(run, interval, ahead.last)
     step = run.step
     if step is not None:
         step.refresh()
         step.epoch = progress.epoch
-    while True:
+    while not (facade.should_stop and granted(run)):
         batch = ahead()
         if batch is END:
             if batch_idx < 0:
@@ -147,7 +135,7 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
             break
         if step is None:
             step = _capture(run, batch)
-            deadline = _deadline(run)
+            until = deadline(run)
         if progress.window_open == 0:
             progress.divisor = divisor = window_length(batch_idx, window, total) if window > 1 else 1
         progress.window_open += 1
@@ -171,9 +159,11 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         if last and loggers and log_every and (progress.stepping_batches + 1) % log_every == 0:
             facade.send(store.at_step().logged, progress.stepping_batches)
             step.refresh()  # a logger may be anybody's code
+        if facade.should_stop and progress.window_open and granted(run):
+            _update(run, step, divisor, batch_idx, by_step)  # before the validation that a stop adds: it sees these weights
         now = clock()
         if now >= display.due:
-            display.train(facade, now, deadline)
+            display.train(facade, now, until)
         if interval is not None and _validation_is_due(run, interval, last_batch, now):
             _validate(run)
         if stepped and plateaus:
@@ -181,8 +171,8 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         if last:
             progress.stepping_batches += 1
         progress.restarting = False
-        if (facade.should_stop or run.interrupted or now > deadline or 0 <= options.max_steps <= progress.global_step) and _stops(
-            run, now > deadline
+        if (facade.should_stop or run.interrupted or now > until or 0 <= options.max_steps <= progress.global_step) and stops(
+            run, now > until
         ):
             break
     if progress.window_open and step is not None:
@@ -210,10 +200,6 @@ def _capture(run: Run, batch: Any) -> Step:
     run.display.restart_clock(run.facade)
     run.display.line(one_line(run.report))
     return step
-
-
-def _deadline(run: Run) -> float:
-    return math.inf if run.options.max_seconds is None else run.started + run.options.max_seconds
 
 
 def _remaining_batches(run: Run) -> float:
@@ -278,8 +264,8 @@ def _interval(run: Run) -> float | None:
 
 def _validation_is_due(run: Run, interval: float, last_batch: bool, now: float) -> bool:
     """By optimizer steps, by wall time, or by batches; a granted stop request adds one."""
-    options, facade, progress = run.options, run.facade, run.facade.progress
-    if facade.should_stop and _may_stop(run):
+    options, progress = run.options, run.facade.progress
+    if granted(run):
         return True
     if options.val_every_n_steps is not None:
         every = options.val_every_n_steps
@@ -304,7 +290,7 @@ def _validate(run: Run) -> None:
 
 def _after_validation(run: Run) -> None:
     run.validated_at = time.perf_counter()
-    run.display.back_to_training(run.facade, _deadline(run))
+    run.display.back_to_training(run.facade, deadline(run))
     if run.step is not None:
         run.step.refresh()
 
@@ -321,38 +307,6 @@ def _finish_resumed_batch(run: Run, interval: float | None, last_batch: bool) ->
         plateaus = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]
         step_schedulers(run, plateaus, progress.global_step)
         progress.stepping_batches += 1
-
-
-def _may_stop(run: Run) -> bool:
-    """Are the least epochs (whole ones) and steps done?"""
-    progress, options = run.facade.progress, run.options
-    return progress.epoch >= options.min_epochs and progress.global_step >= options.min_steps
-
-
-def _stops(run: Run, timed_out: bool) -> bool:
-    """Something asked to stop at this batch: is it granted now?"""
-    if run.interrupted:
-        run.stopped_by = "interrupt"
-    elif steps_done(run.facade.progress.global_step, run.options.max_steps):
-        run.stopped_by = "max_steps"
-    elif timed_out and _may_stop(run):
-        run.stopped_by = "max_time"
-    elif run.facade.should_stop and _may_stop(run):
-        run.stopped_by = _who_stopped(run)
-    return bool(run.stopped_by)
-
-
-def _who_stopped(run: Run) -> str:
-    early = run.facade.early_stopping_callback
-    return "early_stopping" if getattr(early, "stopped_epoch", 0) else "callback"
-
-
-def save_interrupted(run: Run) -> None:
-    """After ctrl-C: a checkpoint to go on from."""
-    facade = run.facade
-    if run.options.enable_checkpointing:
-        path = facade.save_checkpoint(Path(facade.log_dir) / "checkpoints" / f"interrupted-step={facade.global_step}")
-        run.display.line(f"interrupted: saved {path}; fit(..., ckpt_path='last') goes on from there")
 
 
 def _end_epoch(run: Run) -> None:
@@ -382,6 +336,6 @@ def _end_epoch(run: Run) -> None:
     if run.epoch_complete and plateaus:
         step_schedulers(run, plateaus, progress.epoch + 1)
     facade.send(ended.logged, max(0, progress.stepping_batches - 1))
-    run.display.epoch_end(facade, _deadline(run))
+    run.display.epoch_end(facade, deadline(run))
     progress.phase, progress.epoch_open, facade.epoch_ended = "", False, False
     progress.epoch += 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fasttrain.errors import ModuleError, reject
-from fasttrain.forms import Form, ended_by, form_of, named, split_length, train_adapter
+from fasttrain.forms import Form, ended_by, eval_adapter, form_of, named, split_length, train_adapter
 from fasttrain.results import LogKey, reduce_named
 from fasttrain.step_result import TrainResult
 
@@ -182,12 +182,13 @@ class Trainable:
         """Can this module run ``stage`` ("train" | "validate" | "test" | "predict")?"""
         return self._steps[stage] is not None
 
-    def step(self, stage: str) -> Callable[[Any, int, int], Any]:
+    def step(self, stage: str, *, alone: bool = False) -> Callable[[Any, int, int], Any]:
         """``f(batch, batch_idx, index) -> what the step returns``; traced as it is.
 
-        ``index`` is the optimizer's for "train", else the dataloader's.
+        ``index`` is the optimizer's for "train", else the dataloader's; ``alone``: there is one loader, and a step whose
+        ``dataloader_idx`` has a default keeps it.
         """
-        step = self._steps[stage]
+        step = self._step_for(stage, STAGE_STEPS[stage], alone=True) if alone else self._steps[stage]
         assert step is not None
         return step
 
@@ -244,13 +245,13 @@ class Trainable:
                 "or give compile_fit(..., loss=fn) with fn(output, target)."
             )
 
-    def _step_for(self, stage: str, name: str) -> Callable[[Any, int, int], Any] | None:
+    def _step_for(self, stage: str, name: str, *, alone: bool = False) -> Callable[[Any, int, int], Any] | None:
         method = getattr(self.module, name, None)
         if stage == "train" and self._turns is not None:
             turns, module = self._turns, self.module
             return lambda batch, batch_idx, _: turns(module, batch, batch_idx)
         if callable(method) and not _is_lightnings(self.module, name):
-            step = train_adapter(method, carries=self.split_length > 0) if stage == "train" else _adapt_step(method)
+            step = train_adapter(method, carries=self.split_length > 0) if stage == "train" else eval_adapter(method, alone=alone)
             if f"{name}_end" in self.hooks:
                 return ended_by(getattr(self.module, f"{name}_end"), step, self.form if stage == "train" else "single")
             return step
@@ -374,16 +375,3 @@ def _positional(method: Callable[..., Any], most: int) -> int:
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         return most
     return min(most, sum(p.kind in kinds for p in parameters))
-
-
-def _adapt_step(method: Callable[..., Any]) -> Callable[[Any, int, int], Any]:
-    """The step with (batch, batch_idx, dataloader_idx), whichever of them it takes, by name where it says so."""
-    names = [p.name for p in inspect.signature(method).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    count = _positional(method, 3)
-    if count >= 3:
-        return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx, dataloader_idx)
-    if count == 2 and names[1] in ("dataloader_idx", "dataloader_i"):
-        return lambda batch, batch_idx, dataloader_idx: method(batch, dataloader_idx)
-    if count == 2:
-        return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx)
-    return lambda batch, batch_idx, dataloader_idx: method(batch)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -17,6 +18,16 @@ from fasttrain.run import Run
 
 FORMS = "an optimizer, several, ([optimizers], [schedulers]) or {'optimizer': ..., 'lr_scheduler': ...}"
 KEYS = ("scheduler", "interval", "frequency", "monitor", "strict", "reduce_on_plateau", "name", "opt_idx")
+
+
+class NoOptimizer(Optimizer):
+    """Stands where a module wants none: it holds nothing and updates nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([torch.zeros(0)], {})
+
+    def step(self, closure: Any = None) -> Any:
+        return None if closure is None else closure()
 
 
 class Parsed(NamedTuple):
@@ -33,7 +44,9 @@ def parse_optimizers(returned: Any, form: Form) -> Parsed:
     if returned is None and form == "manual":
         return Parsed([], None, [])
     if returned is None:
-        raise ModuleError(reject(what, None, FORMS, "Return the optimizer you built."))
+        told = f"configure_optimizers returned None: the steps run and nothing is updated. Return {FORMS}."
+        warnings.warn(told, FasttrainWarning, stacklevel=4)
+        return Parsed([NoOptimizer()], None, [])
     optimizers, schedulers, frequencies = _split(returned, what)
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "param_groups"):
@@ -62,6 +75,8 @@ def _frequencies(given: list[Any], form: Form) -> list[int] | None:
 
 def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
     """Raise ModuleError when an optimizer holds nothing of this module, or nothing that trains."""
+    if isinstance(optimizer, NoOptimizer):
+        return
     mine = {id(p) for p in module.parameters()}
     held = [p for g in optimizer.param_groups for p in g["params"]]
     name = type(module).__name__
@@ -130,8 +145,9 @@ def _split(returned: Any, what: str) -> tuple[list[Any], list[tuple[Any, str | N
         return [returned["optimizer"]], [(s, returned.get("monitor")) for s in many], [returned.get("frequency")]
     if isinstance(returned, (list, tuple)):
         if len(returned) == 2 and isinstance(returned[0], (list, tuple)):
-            optimizers = list(returned[0])
-            return optimizers, [(s, None) for s in returned[1] or []], [None] * len(optimizers)
+            optimizers, given = list(returned[0]), returned[1]
+            many = list(given or []) if isinstance(given, (list, tuple, type(None))) else [given]
+            return optimizers, [(s, None) for s in many], [None] * len(optimizers)
         if returned and all(isinstance(r, Mapping) for r in returned):
             parts = [_split(r, what) for r in returned]
             return [o for p in parts for o in p[0]], [s for p in parts for s in p[1]], [f for p in parts for f in p[2]]

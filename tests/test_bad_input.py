@@ -85,14 +85,11 @@ def test_no_configure_optimizers() -> None:
 
 
 def test_configure_optimizers_that_returns_nothing() -> None:
-    """None is no optimizer."""
-    refused(
-        ModuleError,
-        "configure_optimizers",
-        "None",
-        "Return the optimizer",
-        module=type("Mine", (m.Base,), {"configure_optimizers": lambda s: None})(),
-    )
+    """None is no optimizer: allowed, as in Lightning, and said, because it may be a forgotten return. An empty list is not."""
+    module = type("Mine", (m.Base,), {"configure_optimizers": lambda s: None})()
+    with pytest.warns(FasttrainWarning, match="returned None: the steps run and nothing is updated"):
+        compile_fit(module, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).fit(m.labelled())
+    refused(ModuleError, "configure_optimizers", "no optimizer", module=type("Mine", (m.Base,), {"configure_optimizers": lambda s: []})())
 
 
 def test_not_a_module() -> None:

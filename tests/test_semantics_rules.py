@@ -132,7 +132,6 @@ def test_a_hook_that_decides_the_rung_is_named(hook: str) -> None:
     assert hook in trainer.explain()
 
 
-@pytest.mark.xfail(strict=True, reason="explain() says that there are hooks around the captured piece, not which")
 @pytest.mark.parametrize("hook", AROUND_THE_PIECE)
 def test_a_hook_around_the_captured_piece_is_named(hook: str) -> None:
     """explain() says which hooks cut the step into pieces."""
@@ -540,9 +539,6 @@ class CutByHand(Cut):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with optimizer_step overridden: NonFiniteError in the first window, later a step that is counted and not taken"
-)
 @pytest.mark.parametrize("how", [{"stops": 0}, {"stops": 2}, {"ends": 3}], ids=str)
 def test_an_open_window_is_closed_through_optimizer_step(how: dict[str, int]) -> None:
     """[ours] A stop, or an epoch that a hook ends, closes the window with a real step whoever takes it."""
@@ -731,7 +727,6 @@ def test_every_form_of_one_optimizer(form: str) -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, ModuleError), reason="a scheduler beside the list of optimizers must be in a list")
 @pytest.mark.parametrize("form", BARE_FORMS)
 def test_one_scheduler_need_not_be_in_a_list(form: str) -> None:
     """As in Lightning."""
@@ -739,7 +734,6 @@ def test_one_scheduler_need_not_be_in_a_list(form: str) -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.xfail(strict=True, raises=ModuleError, reason="configure_optimizers that returns None is refused")
 def test_a_module_may_have_no_optimizer() -> None:
     """None: the steps run, nothing is updated, and somebody is told."""
     case = Case(lambda: type("None_", (Traced,), {"configure_optimizers": lambda self: None})(), ten, two, {"max_epochs": 1})
@@ -890,9 +884,6 @@ def test_a_batch_that_is_none_trains_nothing() -> None:
     assert_same_weights(gaps.weights, plain.weights)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="floats in a dataclass keep their dtype, in other containers they take the module's"
-)
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_a_dataclass_is_in_the_runs_precision(precision: str) -> None:
     """As tensors, tuples, dicts and lists are."""
@@ -908,9 +899,6 @@ def test_containers_are_in_the_runs_precision(make: Any, data: Any, precision: s
     assert_same(ours, theirs, metrics=1e-2 if precision == "bf16-true" else 1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="autocast casts a weight anew at each use; torch and Lightning keep the cast, and add up its gradients in bf16"
-)
 def test_a_weight_used_twice_under_autocast() -> None:
     """bf16-mixed on the eager rung is torch.autocast as it stands."""
     ours, theirs = both(m.Tied, m.labelled, None, precision="bf16-mixed")
@@ -927,7 +915,6 @@ class Third(m.Base):
         self.log("factor", factor)
 
 
-@pytest.mark.xfail(strict=True, reason="a third argument of training_step and validation_step is given the loader's index, 0")
 def test_a_default_of_the_users_own_stays() -> None:
     """Nobody hands over what was not asked for: with one loader there is no index."""
     ours, theirs = both(Third, m.labelled, two)

@@ -103,8 +103,8 @@ def obstacles_of(maker: StepMaker) -> list[Obstacle]:
         found += [Obstacle(f"a gradient hook on parameter {n}", advice=advice) for n in gradient_hooks(module)]
     if scripted and any(isinstance(o, torch.optim.LBFGS) for o in maker.optimizers):
         found.append(Obstacle("LBFGS asks for the loss again through a closure"))
-    if not maker.optimizers:
-        found.append(Obstacle("configure_optimizers returned none: what the module updates by itself is not seen"))
+    if not maker.parameters():
+        found.append(Obstacle("no optimizer holds a parameter that trains: what the module updates by itself is not seen"))
     if maker.options.detect_anomaly:
         found.append(Obstacle("detect_anomaly follows autograd op by op"))
     return found
@@ -115,7 +115,9 @@ def _tail_name(maker: StepMaker) -> str:
     for i, optimizer in enumerate(maker.optimizers):
         why_not = tail_obstacle(optimizer, trainable_params(optimizer))
         hooked = maker.trainable.form in ("single", "indexed") and maker.in_pieces(i)
-        fused = "fused native" + (", hooks around the captured piece" if hooked else "")
+        around = sorted((maker.hooks.live | maker.trainable.hooks) & AROUND)
+        around += ["gradient hooks"] * bool(gradient_hooks(maker.trainable.module))
+        fused = "fused native" + (f" behind a captured piece; around it: {', '.join(around)}" if hooked and around else "")
         names.append(fused if why_not is None else f"torch ({why_not})")
     return " | ".join(dict.fromkeys(names)) or "none"
 

@@ -38,32 +38,54 @@ class EagerStep:
         self.epoch = 0
         self._bad: Tensor | None = None
         self._stepped = False
+        self._again: tuple[Callable[[], StepOutput], int] | None = None  # the open window's newest batch, for closures
+        self._before: list[tuple[nn.Parameter, Tensor]] = []  # what the batches before that one have left
         self._opened = 0  # batches in the window, where the last one also steps
         self._keys: tuple[LogKey, ...] = ()
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
         """One batch forward and backward; with a closure optimizer the last of a window also steps."""
         self._opened = 1 if first else self._opened + 1
-        if not (self.takes_closure and last):
+        if not self.takes_closure:
             return self._forward_backward(batch, batch_idx, first, divisor)
-        outputs: list[StepOutput] = []
+        if not last:
+            self._before = [] if first else self._kept_gradients()
+            self._again = (lambda: self._forward_backward(batch, batch_idx, first, divisor)), batch_idx
+            return self._forward_backward(batch, batch_idx, first, divisor)
         rescale = 1.0 if self._opened == divisor else divisor / self._opened
+        return self._step_by_closure(lambda: self._forward_backward(batch, batch_idx, first, divisor), first, rescale, batch_idx)
+
+    def update_step(self, rescale: float) -> int:
+        """Unscale, clip and update: 1, or REFUSED when the step was skipped as non-finite."""
+        if self._again is not None:  # a stop has cut the window short: the optimizer steps on what is there
+            again, batch_idx = self._again
+            self._step_by_closure(again, False, rescale, batch_idx, there=True)
+        bad, self._bad = self._bad, None
+        return 1 if (self._stepped if self.takes_closure else self.tail.step(None, rescale, bad)) else REFUSED
+
+    def _step_by_closure(
+        self, evaluate: Callable[[], StepOutput], first: bool, rescale: float, batch_idx: int, *, there: bool = False
+    ) -> StepOutput:
+        """The optimizer asks for the loss and its gradients as often as it likes; ``there``: the first time they are there already."""
+        outputs: list[StepOutput] = []
         # Every evaluation starts from what the window's earlier batches have left.
-        earlier = [] if first else [(p, p.grad.clone()) for _, p in self._own_parameters() if p.grad is not None]
-        before = self._bad
+        earlier = self._before if there else ([] if first else self._kept_gradients())
+        before, self._again = self._bad, None
 
         def closure() -> Tensor | None:
-            if outputs and not first:
-                self._optimizer.zero_grad(set_to_none=True)
-                self._bad = before
-                for p, grad in earlier:
-                    p.grad = grad.clone()
-            out = self._forward_backward(batch, batch_idx, first, divisor)
-            outputs.append(out)
+            if there and not outputs:
+                outputs.append(StepOutput(self._bad, (), (), None, None))
+            else:
+                if outputs and not first:
+                    self._optimizer.zero_grad(set_to_none=True)
+                    self._bad = before
+                    for p, grad in earlier:
+                        p.grad = grad.clone()
+                outputs.append(evaluate())
             if not self.tail.prepare(rescale, self._bad):
                 self._stepped = False
                 self._optimizer.zero_grad(set_to_none=True)
-            return out.loss
+            return outputs[-1].loss
 
         self._stepped = True
         if self._hooks.owned("optimizer_step"):
@@ -74,12 +96,11 @@ class EagerStep:
         if not outputs:
             raise ModuleError("optimizer_step never called its closure: call optimizer.step(closure=optimizer_closure), "
                               "or optimizer_closure() yourself when you skip the step.")  # fmt: skip
-        return outputs[0]
+        *others, out = outputs  # every evaluation has logged; the last one is the step's
+        return out._replace(earlier=others) if others else out
 
-    def update_step(self, rescale: float) -> int:
-        """Unscale, clip and update: 1, or REFUSED when the step was skipped as non-finite."""
-        bad, self._bad = self._bad, None
-        return 1 if (self._stepped if self.takes_closure else self.tail.step(None, rescale, bad)) else REFUSED
+    def _kept_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(p, p.grad.clone()) for _, p in self._own_parameters() if p.grad is not None]
 
     def refresh(self) -> None:
         """Nothing is kept that user code could have changed."""

@@ -19,7 +19,7 @@ class EvalStep:
 
     def __init__(self, trainable: Trainable, spec: StepSpec, stage: str, *, keep: bool, suffix: str) -> None:
         self._trainable, self._spec, self._suffix = trainable, spec, suffix
-        self._function = make_eval_step(trainable, spec, stage, keep=keep)
+        self._function = make_eval_step(trainable, spec, stage, keep=keep, alone=not suffix)
         self._trace: Trace | None = None
         self._key: Key | None = None
         self._plan: Plan | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +30,10 @@ class StepSpec:
     keep_outputs: bool  # somebody reads what training_step returned
     norms: Any = None  # what hears of gradient norms (tail.GradientNorms), under track_grad_norm
 
-    def autocast(self, *, cache: bool = True) -> AbstractContextManager[Any]:
-        """The forward's context under this precision."""
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The forward's context under this precision; casts are not cached, as in Lightning, and cannot be in a capture."""
         if self.precision in MIXED_DTYPES:
-            return torch.autocast(self.device.type, dtype=MIXED_DTYPES[self.precision], cache_enabled=cache)
+            return torch.autocast(self.device.type, dtype=MIXED_DTYPES[self.precision], cache_enabled=False)
         return nullcontext()
 
     def default_dtype(self) -> AbstractContextManager[Any]:
@@ -108,7 +108,7 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
         sink.items = []
         if true_dtype is not None:
             batch = cast_floats(batch, true_dtype)
-        with spec.autocast(cache=False):
+        with spec.autocast():
             output = unwrapped(step(batch, batch_idx, index), sink, "train")
         loss = loss_of(output)
         if loss is None:  # a batch the module passes over: no gradient, and what it logged
@@ -124,15 +124,18 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
     return micro_step
 
 
-def make_eval_step(trainable: Trainable, spec: StepSpec, stage: str, *, keep: bool) -> Callable[..., Raw]:
-    """One evaluation step as a pure function ``f(batch, batch_idx, dataloader_idx)``, in the form a tracer takes whole."""
-    sink, step, true_dtype = trainable.sink, trainable.step(stage), TRUE_DTYPES.get(spec.precision)
+def make_eval_step(trainable: Trainable, spec: StepSpec, stage: str, *, keep: bool, alone: bool) -> Callable[..., Raw]:
+    """One evaluation step as a pure function ``f(batch, batch_idx, dataloader_idx)``, in the form a tracer takes whole.
+
+    ``alone``: the only loader of its stage.
+    """
+    sink, step, true_dtype = trainable.sink, trainable.step(stage, alone=alone), TRUE_DTYPES.get(spec.precision)
 
     def eval_step(batch: Any, batch_idx: int, dataloader_idx: int) -> Raw:
         sink.items = []
         if true_dtype is not None:
             batch = cast_floats(batch, true_dtype)
-        with spec.autocast(cache=False):
+        with spec.autocast():
             output = unwrapped(step(batch, batch_idx, dataloader_idx), sink, stage)
         items = sink.items
         sink.items = None
@@ -188,6 +191,8 @@ def cast_floats(batch: Any, dtype: torch.dtype) -> Any:
     """The batch with its floating-point tensors in ``dtype``."""
     if isinstance(batch, Tensor):
         return batch.to(dtype) if batch.is_floating_point() else batch
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: cast_floats(getattr(batch, f.name), dtype) for f in fields(batch) if f.init})
     return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
 
 

@@ -163,10 +163,10 @@ def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Cal
             batch = cast_floats(batch, true_dtype)
         losses: list[Any] = []
         outputs: list[Any] = []
-        with spec.autocast(cache=False):
+        with spec.autocast():
             generator = step(batch, batch_idx, 0)
         for i, leaves in enumerate(params):
-            with spec.autocast(cache=False):
+            with spec.autocast():
                 output = unwrapped(next(generator), sink, "train")
             outputs.append(output)
             loss = loss_of(output)
@@ -179,7 +179,7 @@ def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Cal
             with torch.no_grad():
                 turn(number, i, order, leaves, grads, plain)
             losses.append(plain)
-        with spec.autocast(cache=False):
+        with spec.autocast():
             for _ in generator:
                 pass
         items = sink.items
@@ -254,7 +254,7 @@ def make_manual_step(trainable: Trainable, spec: StepSpec, acts: _Acts) -> Calla
         acts.order, acts.scale, acts.last, acts.toggled, acts.ever_toggled = order, scale, None, -1, False
         if true_dtype is not None:
             batch = cast_floats(batch, true_dtype)
-        with spec.autocast(cache=False):
+        with spec.autocast():
             output = unwrapped(step(batch, batch_idx, 0), sink, "train")
         loss, items = loss_of(output), sink.items
         plain = acts.last if loss is None else loss.detach()

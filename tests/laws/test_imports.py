@@ -17,7 +17,7 @@ FLOORS = {
     "results": 1, "step_result": 1, "cadence": 1, "reach": 1, "kernels": 1,
     "forms": 2, "module": 2, "combined": 2, "data": 2, "graphs": 2,
     "callbacks": 3, "loggers": 3, "progress": 3, "checkpoint": 3, "facade": 3, "display": 3,
-    "run": 4, "loaders": 4, "schedules": 4, "evaluate": 4, "loop": 4, "resume": 4, "setup": 4, "own_loop": 4, "fit": 4,
+    "run": 4, "loaders": 4, "schedules": 4, "stopping": 4, "evaluate": 4, "loop": 4, "resume": 4, "setup": 4, "own_loop": 4, "fit": 4,
     "__init__": 5, "__main__": 5, "cli": 5, "demo": 5, "env": 5, "explain_command": 5,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))

@@ -168,9 +168,6 @@ def test_a_closure_is_clipped_at_each_evaluation(name: str, options: dict[str, A
     assert_same(ours, theirs)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the first evaluation's values are kept, and Lightning's are the last one's (on_epoch: the mean of all)"
-)
 @pytest.mark.parametrize("name", SECOND_ORDER)
 def test_a_closure_logs_its_last_evaluation(name: str) -> None:
     """What is logged in a step that a closure runs again is of its last run."""

@@ -278,7 +278,6 @@ def test_a_stop_request_in_mid_window() -> None:
     assert ours == theirs[:end] + closing + theirs[end:]
 
 
-@pytest.mark.xfail(strict=True, reason="the added validation runs on the weights before the closing step")
 def test_the_validation_of_a_stop_request_sees_the_closed_window() -> None:
     """[ours] What is validated last are the weights that the run ends with."""
     names = tuple(n for n in EVERYTHING if n != "optimizer_step")
@@ -286,16 +285,12 @@ def test_the_validation_of_a_stop_request_sees_the_closed_window() -> None:
     assert ours.index("configure_gradient_clipping") < ours.index("on_validation_start")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=NonFiniteError, reason="a window that a stop closes takes no step when the module overrides optimizer_step"
-)
 def test_a_stop_request_in_mid_window_with_its_own_optimizer_step() -> None:
     """[ours] The closing step goes through the module's optimizer_step."""
     ours = run(True, trouble=at_batch(0, ask_to_stop), accumulate_grad_batches=3, limit_val_batches=0)
     assert sum(c.startswith("optimizer_step") for c in ours) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a stop asked for before the first batch still trains that batch")
 def test_a_stop_request_at_the_start_of_an_epoch() -> None:
     """Nothing is trained of it."""
 
@@ -349,7 +344,6 @@ def test_a_batch_that_is_none_is_passed_over(at: int) -> None:
     assert ours == theirs
 
 
-@pytest.mark.xfail(strict=True, reason="on_train_start and on_train_end are called though nothing is trained")
 @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"max_steps": 0}, {"limit_train_batches": 0}], ids=str)
 def test_a_fit_without_training(options: dict[str, Any]) -> None:
     """The sanity check and the hooks of the fit, none of the training."""
