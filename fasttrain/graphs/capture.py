@@ -137,7 +137,7 @@ def _traced(
         return _cut(maker, report, batch, why, build)
     step = maker.captured(build, graph=graph)
     maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
-    error = _try(maker, step, batch)
+    error = _try(maker, step, batch, runs=4)
     if error is None and any(g.layout is not torch.strided for g in step.gradients().values()):
         error = CaptureError("a sparse gradient: the captured update takes dense ones")
     if error is not None:
@@ -180,16 +180,20 @@ def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception) -> 
     return _eager(maker, report, f"it cannot be traced whole: {report.obstacles[-1]}")
 
 
-def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFunction] = ()) -> Exception | None:
-    """One whole micro-step (or these ``functions`` of it) from a snapshot that is put back; what went wrong."""
+def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFunction] = (), *, runs: int = 1) -> Exception | None:
+    """Whole micro-steps (or these ``functions`` of one) from a snapshot that is put back; what went wrong."""
     before = maker.snapshot()
     everyone(step, True)
     try:
         with maker.trial():
             for i, function in enumerate(functions):
                 forward(maker.trainable, maker.spec, "train", first_part(maker.trainable, copied(batch)), 0, i, function)
-            if not functions:
-                step.micro_step(copied(batch), 0, first=True, last=True, divisor=1)
+            traces = [0]
+            for i in range(0 if functions else runs):
+                step.micro_step(copied(batch), i, first=True, last=True, divisor=1)
+                traces.append(sum(c.traces for c in step.calls))
+            if len(traces) > 3 and traces[-1] > traces[-2] > traces[-3]:
+                raise CaptureError("a Python number changes with every step, and the graph with it")
     except Exception as error:
         return error
     finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -22,8 +24,12 @@ from fasttrain.results import Build
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
 
 
-# Ints on a module (counters) become symbols at their second value; a step that still changes is given up early.
+# Ints on a module (counters) become symbols at their second value; a step that still changes is given up early. A number
+# read out of a tensor (``.item()`` for a log line) is read between the kernels.
 DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
+DYNAMO |= {"capture_scalar_outputs": True}
+
+VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of distributions out
 
 _NUMBERS = itertools.count()
 
@@ -43,7 +49,7 @@ class Trace:
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), quiet():
+        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), said_before(), unvalidated(), quiet():
             out: Raw = self._call(*args)
         return out
 
@@ -87,6 +93,45 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
+@contextmanager
+def said_before() -> Iterator[None]:
+    """Within a trace: a logger's call that says nothing - its level is off, or it speaks once and has spoken in the dry look -
+    is left out. Any other ends the trace there."""
+    from torch._dynamo.variables import ConstantVariable, misc
+
+    once = {f for f in vars(logging.Logger).values() if isinstance(f, functools._lru_cache_wrapper)}
+    kind = getattr(misc, "LoggingLoggerVariable", None)
+    before = getattr(kind, "call_method", None)
+
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        level = getattr(logging, name.upper(), None)
+        if isinstance(level, int) and not self.value.isEnabledFor(level):
+            return ConstantVariable.create(None)
+        assert before is not None
+        return before(self, tx, name, args, kwargs)
+
+    if before is not None:
+        kind.call_method = call_method  # type: ignore[union-attr]
+    try:
+        with torch._dynamo.config.patch(ignore_logger_methods=torch._dynamo.config.ignore_logger_methods | once):
+            yield
+    finally:
+        if before is not None:
+            kind.call_method = before  # type: ignore[union-attr]
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Within a trace: torch.distributions does not look at its arguments' values. The dry look did."""
+    kind = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)
+
+
 class _Entry:
     """One compiled graph: its callable, whether calling it alone is the whole step, and its last call."""
 
@@ -98,6 +143,7 @@ class _Entry:
         self.pure = False
         self.written: set[int] = set()  # the arguments its last call wrote into
         self.why_not = ""
+        self.unvalidated = False  # checks of arguments' values were left out of it
 
     def inspect(self, own: tuple[object, ...]) -> None:
         """Called while Dynamo traces. Pure: no Python side effect but on ``own``, no guard on what changes every step."""
@@ -109,9 +155,11 @@ class _Entry:
             raise CaptureError("Tensor.register_hook inside training_step: the tracer would drop it in silence.")
         changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
         foreign = [v for v in changed if not _is_new(v) and not any(getattr(v, "value", None) is o for o in own)]
+        foreign = [v for v in foreign if not _as_it_was(effects, v)]
         if any(type(v).__name__ == "RandomVariable" for v in foreign):
             raise CaptureError("a random.Random of the module's own draws inside the step: the tracer would freeze its numbers.")
         guards = {_name(g) for g in output.guards}
+        self.unvalidated = any("distributions" in g for g in guards)
         varying = [n for n in guards if n.rstrip("']").endswith(VARYING)]
         if foreign:
             self.why_not = f"the step changes Python state ({type(getattr(foreign[0], 'value', foreign[0])).__name__})"
@@ -125,11 +173,40 @@ def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
     returned = next(n for n in reversed(graph.graph.nodes) if n.op == "output").args[0]
     for node in returned if isinstance(returned, (list, tuple)) else ():
         source = node.args[0] if isinstance(node, torch.fx.Node) and node.target is torch.scalar_tensor else None
-        if isinstance(source, torch.fx.Node) and isinstance(source.meta.get("example_value"), torch.SymFloat):
+        if isinstance(source, torch.fx.Node) and isinstance(source.meta.get("example_value"), torch.SymFloat) and _from_outside(source):
             raise CaptureError(
                 "a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
                 "Log a tensor, or keep it in a buffer."
             )
+
+
+def _as_it_was(effects: Any, variable: Any) -> bool:
+    """Were all that the step wrote on this object constants that stood there before (a flag set and put back)?"""
+    written = getattr(effects, "store_attr_mutations", {}).get(variable)
+    holder = getattr(variable, "value", None)
+    if not written or holder is None:
+        return False
+    try:
+        return all(
+            v.is_python_constant() and hasattr(holder, n) and v.as_python_constant() is getattr(holder, n) for n, v in written.items()
+        )
+    except Exception:  # a variable that will not say what it is
+        return False
+
+
+def _from_outside(number: torch.fx.Node) -> bool:
+    """Is it computed from a Python float that came in (and not only from tensors' values)? Some come in wrapped in a tensor."""
+    stack, seen = [number], set[torch.fx.Node]()
+    while stack:
+        node = stack.pop()
+        wrapped = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+        is_tensor = isinstance(node.meta.get("example_value"), Tensor)
+        if node.op == "placeholder" and (wrapped or not is_tensor):
+            return True
+        if node not in seen and not is_tensor:
+            stack += node.all_input_nodes
+        seen.add(node)
+    return False
 
 
 def _is_new(variable: Any) -> bool:
@@ -178,6 +255,7 @@ class Plan:
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
         self.returned, read = _builder(raw.returned, place)
         self.read_by_user = sorted({*read, *(place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)])})
+        self.left: float = VALIDATE_EVERY if entry.unvalidated else math.inf  # calls until the arguments' values are looked at
         self._addresses = [None if a is None else a.data_ptr() for a in self.args]
 
     def still_fits(self, entry: _Entry, batch: Any, raw: Raw) -> bool:
@@ -195,7 +273,10 @@ class Plan:
         return any(p is not None and p != a.data_ptr() for a, p in zip(self.args, self._addresses, strict=True))
 
     def __call__(self, batch: Any) -> StepOutput | None:
-        """The step, or None when this batch is not what the graph was made for. No guard is evaluated."""
+        """The step, or None when this batch is not what the graph was made for, or a look at it is due. No guard is evaluated."""
+        self.left -= 1
+        if self.left < 0:
+            return None
         if type(batch) is not self.kind or (self.names is not None and list(batch) != self.names):
             return None
         if self.structure is not None and structure(batch) != self.structure:

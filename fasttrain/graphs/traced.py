@@ -14,7 +14,7 @@ from fasttrain.graphs.contract import Key, key_of
 from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
-from fasttrain.graphs.trace import Plan, Trace
+from fasttrain.graphs.trace import VALIDATE_EVERY, Plan, Trace
 from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
 
@@ -41,7 +41,8 @@ class TracedCall:
         self.obstacles: list[Obstacle] = []
         self.direct = False
         self.why_guarded = ""
-        self.failed = False
+        self.failed = self._unvalidated = False
+        self._unlooked = 0
         self._ran = False
         self._traces: dict[Any, Trace] = {}  # by the batch's structure, and True for the one of changing sizes
         self._traced_before = 0
@@ -88,6 +89,9 @@ class TracedCall:
                 self.plan = known
                 return out
         self._seen[key] += 1
+        if self._look_due():
+            looked = self.untraced(batch, batch_idx)
+            return StepOutput(looked.loss, *keys_and_values(looked.items), looked.returned, looked.grads)
         trace = self._trace_for(key)
         raw = self._traced(trace, batch, batch_idx) if trace is not None else None
         if raw is None or trace is None:
@@ -101,6 +105,16 @@ class TracedCall:
         if keys != self._keys:
             self._keys = keys
         return StepOutput(raw.loss, self._keys, values, raw.returned, raw.grads)
+
+    def _look_due(self) -> bool:
+        """Where a capture leaves the validation of arguments out, every so many steps run op by op, which validates."""
+        if not self._unvalidated or self._eager is not None:
+            return False
+        if self.plan is not None:
+            due, self.plan.left = self.plan.left < 0, VALIDATE_EVERY if self.plan.left < 0 else self.plan.left
+            return due
+        self._unlooked += 1
+        return self._unlooked % VALIDATE_EVERY == 0
 
     def untraced(self, batch: Any, batch_idx: int) -> Raw:
         """The same function op by op."""
@@ -129,6 +143,7 @@ class TracedCall:
         entry, plan, self.plan, self.direct = trace.entry, self._plans.pop(key, None), None, False
         if entry is None:  # nothing but Python was traced: there is no graph
             return
+        self._unvalidated = entry.unvalidated
         if plan is None or not plan.still_fits(entry, batch, raw):
             plan = self._new_plan(trace, raw, batch, key)
         if plan is not None:
