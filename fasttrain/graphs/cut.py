@@ -29,7 +29,8 @@ class CutFunction:
         self.ran = 0  # compiled stretches run so far
         self.ops = 0
         assert isinstance(function, FunctionType)
-        self._call = torch.compile(numbered(function), dynamic=None, backend=self._backend)
+        with unvalidated():
+            self._call = torch.compile(numbered(function), dynamic=None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Any:
         with torch._dynamo.config.patch(CUT), said_before(), unvalidated(), quiet():

@@ -45,7 +45,8 @@ class Trace:
         self.count = 0
         self.entry: _Entry | None = None
         assert isinstance(function, FunctionType)
-        self._call = torch.compile(numbered(function), fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
+        with unvalidated():  # the first torch.compile of a process switches the validation off for good
+            self._call = torch.compile(numbered(function), fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""

@@ -1,0 +1,214 @@
+"""What public code puts into a training step: each captured whole or cut, with the eager result."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fasttrain
+from fasttrain.graphs import trace, traced
+
+QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+log = logging.getLogger("tests.obstacles")
+
+
+class Net(nn.Module):
+    """Two layers; subclasses put something into the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.b(torch.tanh(self.a(x))), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def batches(n: int = 12) -> list[Any]:
+    g = torch.Generator().manual_seed(3)
+    return [(torch.randn(8, 8, generator=g), torch.randint(4, (8,), generator=g)) for _ in range(n)]
+
+
+def both(make: type[Net], **options: Any) -> tuple[Any, Any, nn.Module, nn.Module]:
+    """The module trained eagerly and captured, weights and metrics equal to rounding."""
+    results, modules = [], []
+    for capture in ("eager", "compile"):
+        torch.manual_seed(0)
+        module = make()
+        torch.manual_seed(1)
+        results.append(fasttrain.compile_fit(module, capture=capture, **QUIET | options).fit(batches()))
+        modules.append(module)
+    for p, q in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-5, atol=1e-6)
+    assert results[0].metrics.keys() == results[1].metrics.keys()
+    for name, value in results[0].metrics.items():
+        assert results[1].metrics[name] == pytest.approx(value, rel=1e-4), name
+    return results[0], results[1], modules[0], modules[1]
+
+
+class ReadsForALogLine(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss.item(), on_epoch=True)
+        return loss
+
+
+class KeepsNumbers(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.seen.append(loss.item())
+        return loss
+
+
+class Flag(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper = type("Helper", (), {"inside": False})()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.helper.inside = True
+        loss = self.loss(batch)
+        self.helper.inside = False
+        return loss
+
+
+class Silent(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        log.debug("step %d", batch_idx)
+        return self.loss(batch)
+
+
+class Branches(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        if loss > 1.4:
+            loss = loss * 0.5
+        return loss + 1e-3 * self.a.weight.square().sum()
+
+
+class Prints(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        print("loss of", batch_idx, f"{loss:.6f}")
+        return loss
+
+
+class Smooths(Net):
+    """A running mean of the loss as a Python number, which the loss itself takes up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.mean = 0.9 * self.mean + 0.1 * loss.item()
+        return loss / self.mean
+
+
+def test_a_value_read_for_a_log_line_is_read_between_the_kernels() -> None:
+    """One whole graph, the value of that very step."""
+    _, captured, _, _ = both(ReadsForALogLine)
+    assert (captured.capture.whole, captured.capture.traces) == (True, 1)
+
+
+def test_numbers_kept_in_a_list() -> None:
+    """Appended in order, as many as there were steps, whatever that does to the graph."""
+    _, _, eager, module = both(KeepsNumbers)
+    assert module.seen == pytest.approx(eager.seen, rel=1e-5)  # type: ignore[arg-type]
+    assert len(module.seen) == 12  # type: ignore[arg-type]
+
+
+def test_a_flag_set_and_put_back_is_no_change() -> None:
+    """Steady steps are called past the guards."""
+    _, captured, _, _ = both(Flag)
+    assert captured.capture.whole and captured.capture.direct
+
+
+def test_a_logger_that_says_nothing_does_not_stand_in_the_way(caplog: pytest.LogCaptureFixture) -> None:
+    """Its level off: left out. Its level on: every message is heard, whatever that does to the graph."""
+    _, captured, _, _ = both(Silent)
+    assert captured.capture.whole
+    with caplog.at_level(logging.DEBUG, log.name):
+        _, captured, _, _ = both(Silent)
+    messages = [r.getMessage() for r in caplog.records if r.name == log.name]
+    assert [messages.count(f"step {i}") for i in range(1, 12)] == [2] * 11  # once on each rung; the first batch is looked at too
+
+
+def test_a_logger_that_speaks_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' warning_once: heard in the dry look, no part of the graph."""
+
+    @functools.lru_cache(None)
+    def warning_once(self: logging.Logger, message: str) -> None:
+        self.warning(message)
+
+    monkeypatch.setattr(logging.Logger, "warning_once", warning_once, raising=False)
+
+    class Once(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            log.warning_once("deprecated")  # type: ignore[attr-defined]
+            return self.loss(batch)
+
+    _, captured, _, _ = both(Once)
+    assert captured.capture.whole
+    assert [r.getMessage() for r in caplog.records if r.name == log.name] == ["deprecated"]
+
+
+def test_a_branch_on_a_value_cuts_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides of it in compiled stretches, as many branches taken as eagerly; explain says where."""
+    _, captured, _, _ = both(Branches)
+    assert (captured.capture.rung, captured.capture.whole) == ("compile", False)
+    assert 1 <= captured.capture.pieces <= 2
+    assert "test_obstacles.py" in str(captured.capture.obstacles[0])
+
+
+def test_prints_are_printed_once_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """In order, with the values of their step, whatever that does to the graph; nothing of a trial is seen."""
+    both(Prints)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss of")]
+    eager, captured = lines[:12], lines[12:]
+    assert [line.split()[2] for line in eager] == [str(i) for i in range(12)]
+    assert [float(line.split()[3]) for line in captured] == pytest.approx([float(line.split()[3]) for line in eager], abs=2e-6)
+
+
+def test_a_number_that_feeds_back_is_never_frozen() -> None:
+    """Whether it stays a symbol or cuts the step."""
+    _, _, eager, module = both(Smooths)
+    assert module.mean == pytest.approx(eager.mean, rel=1e-5)  # type: ignore[arg-type]
+
+
+class Vae(Net):
+    """Distributions with their arguments checked, as torch has them by default."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, _ = batch
+        mean, spread = self.a(x).chunk(2, 1)
+        posterior = torch.distributions.Normal(mean, F.softplus(spread))
+        prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+        return torch.distributions.kl_divergence(posterior, prior).sum(1).mean() + posterior.rsample().square().mean()
+
+
+def test_distributions_are_captured_whole_and_still_look_at_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the dry look, and every so many steps: the error is torch's own. The default is put back."""
+    monkeypatch.setattr(trace, "VALIDATE_EVERY", 5)
+    monkeypatch.setattr(traced, "VALIDATE_EVERY", 5)
+    before = torch.distributions.Distribution._validate_args
+    _, captured, _, _ = both(Vae)
+    assert captured.capture.whole
+    assert torch.distributions.Distribution._validate_args is before
+    bad = batches(3) + [(torch.full((8, 8), float("nan")), torch.zeros(8, dtype=torch.long))] * 8
+    with pytest.raises(ValueError, match="constraint"):
+        fasttrain.compile_fit(Vae(), capture="compile", nonfinite="ignore", **QUIET).fit(bad)
