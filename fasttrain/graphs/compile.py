@@ -106,7 +106,7 @@ class CompileStep:
             self._accumulate(out)
         return out
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
         names = {id(p): n for n, p in self._trainable.module.named_parameters()}
         self._grads = [gradients[n].to(p.device) if (n := names.get(id(p), "")) in gradients else None for p in self.params]
         self._bad = torch.zeros((), device=self._spec.device)

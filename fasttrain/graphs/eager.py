@@ -109,7 +109,8 @@ class EagerStep:
         """The open window's gradients by parameter name, for a checkpoint in mid-window."""
         return {n: p.grad for n, p in self._own_parameters() if p.grad is not None}
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+        self._opened = opened
         for name, p in self._own_parameters():
             p.grad = gradients[name].to(p.device).clone() if name in gradients else None
 

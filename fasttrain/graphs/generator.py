@@ -80,7 +80,8 @@ class GeneratorStep:
     def gradients(self) -> dict[str, Tensor]:
         return {n: p.grad for n, p in self._trainable.module.named_parameters() if p.grad is not None}
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+        self.opened = opened
         for name, p in self._trainable.module.named_parameters():
             p.grad = gradients[name].to(p.device).clone() if name in gradients else None
         self._bad = [torch.zeros((), device=self._spec.device) for _ in self._optimizers]

@@ -209,7 +209,7 @@ class ManualStep:
         """What the module has gathered over batches by hand."""
         return {n: p.grad for n, p in self._trainable.module.named_parameters() if p.grad is not None}
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
         for name, p in self._trainable.module.named_parameters():
             p.grad = gradients[name].to(p.device).clone() if name in gradients else None
 

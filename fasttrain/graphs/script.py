@@ -42,7 +42,7 @@ class ScriptStep:
             self._function(), trainable, spec, build=build, own=(self.acts, *([] if verbs is None else [verbs])), eager=self._eagerly,
             extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor, self.host.order),
         )  # fmt: skip
-        self._opened, self._window = 0, (True, True, 1)
+        self.opened, self._window = 0, (True, True, 1)
 
     @property
     def epoch(self) -> int:
@@ -69,14 +69,14 @@ class ScriptStep:
         if divisor != self._divisor_value:
             self._divisor_value = divisor
             self._divisor.fill_(divisor)
-        self._opened, self._window = (1 if first else self._opened + 1), (first, last, divisor)
+        self.opened, self._window = (1 if first else self.opened + 1), (first, last, divisor)
         if self._verbs is not None:
             self._verbs.acts = self.acts
         elif first:
             host.new_window()
         if call.dirty:
             self._recheck()
-        host.begin(last=last, rescale=divisor / self._opened if last and self._verbs is None else 1.0)
+        host.begin(last=last, rescale=divisor / self.opened if last and self._verbs is None else 1.0)
         try:
             out = call.plan(batch) if call.plan is not None and not call.dirty else None
             if out is None:
@@ -101,8 +101,8 @@ class ScriptStep:
         first, last, divisor = self._window
         eager = self.eager
         if self._verbs is not None or not first:
-            eager.load_gradients(held)
-        eager.opened = self._opened - 1
+            eager.load_gradients(held, self.opened - 1)
+        eager.opened = self.opened - 1
         out = eager.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
         if self._verbs is not None:
             self._verbs.acts = self.acts
@@ -118,7 +118,7 @@ class ScriptStep:
         host.moved, host.refused = list(eager.moved), refused
         host.new_window()
         if left:
-            self.load_gradients(left)
+            self.load_gradients(left, self.opened)
         for p in host.leaves:
             p.grad = None
         self.call.dirty = True  # the optimizer's state may be other tensors now
@@ -131,7 +131,8 @@ class ScriptStep:
         by_id = self.host.gradients()
         return {n: by_id[id(p)] for n, p in self._trainable.module.named_parameters() if id(p) in by_id}
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+        self.opened = opened
         named = self._trainable.module.named_parameters()
         self.host.load_gradients({id(p): gradients[n].to(p.device).clone() for n, p in named if n in gradients})
 

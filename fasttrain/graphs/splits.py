@@ -79,8 +79,8 @@ class SplitStep:
     def gradients(self) -> dict[str, Tensor]:
         return self.step.gradients()
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
-        self.step.load_gradients(gradients)
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+        self.step.load_gradients(gradients, opened)
 
     def _count(self, stepped: int) -> None:
         if stepped == REFUSED or self._taken == REFUSED:

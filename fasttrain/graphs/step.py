@@ -47,4 +47,5 @@ class Step(Protocol):
 
     def gradients(self) -> dict[str, Tensor]: ...
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None: ...
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+        """The other way: gradients of a window in which ``opened`` batches have been."""

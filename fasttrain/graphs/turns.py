@@ -94,14 +94,16 @@ class Turns:
             step.refresh()
 
     def gradients(self) -> dict[str, Tensor]:
-        return {f"{i}:{n}": g for i, s in enumerate(self.steps) if self._pending[i] for n, g in s.gradients().items()}
+        """By "optimizer:name", and how many batches each optimizer has gathered by "optimizer:"."""
+        held = {f"{i}:{n}": g for i, s in enumerate(self.steps) if self._pending[i] for n, g in s.gradients().items()}
+        return held | {f"{i}:": torch.tensor(n) for i, n in enumerate(self._pending) if n}
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
         for i, step in enumerate(self.steps):
             mine = {n.split(":", 1)[1]: g for n, g in gradients.items() if n.startswith(f"{i}:")}
             if mine:
-                step.load_gradients(mine)
-                self._pending[i] = 1
+                self._pending[i] = int(mine.pop(""))
+                step.load_gradients(mine, self._pending[i])
 
     def _update(self, i: int, rescale: float) -> None:
         stepped = self.steps[i].update_step(rescale)

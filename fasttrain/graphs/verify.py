@@ -87,8 +87,8 @@ class VerifiedStep:
     def gradients(self) -> dict[str, Tensor]:
         return self.active.gradients()
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
-        self.active.load_gradients(gradients)
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+        self.active.load_gradients(gradients, opened)
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
         """The captured micro-step and the same one traced by nobody, compared in loss, gradients, logged values and buffers."""
@@ -112,7 +112,7 @@ class VerifiedStep:
         wrong = self._judge(named) or self._judge(gradients, floor=0.05 * largest)
         if wrong:
             self._give_up(f"step {self._total - self._left}: {wrong}")
-            self._eager.load_gradients(wanted)
+            self._eager.load_gradients(wanted, 1)
             return truth._replace(grads=None)
         after.restore()
         self._step.hold((list(self._in_order(got)), out.loss))
@@ -212,7 +212,7 @@ class VerifiedScript:
         for p in self._maker.parameters():
             p.grad = None
         after.restore()
-        step.load_gradients(got)
+        step.load_gradients(got, step.opened)
         step.refresh()
         if self._maker.scaler is not None and scaled is not None:
             self._maker.scaler.load_state_dict(scaled)
@@ -231,8 +231,8 @@ class VerifiedScript:
     def gradients(self) -> dict[str, Tensor]:
         return self.active.gradients()
 
-    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
-        self.active.load_gradients(gradients)
+    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+        self.active.load_gradients(gradients, opened)
 
 
 def _tell(report: CaptureReport, say: Callable[[str], None], where: str) -> None:
