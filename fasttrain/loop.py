@@ -25,7 +25,7 @@ from fasttrain.stopping import deadline, finished, granted, save_interrupted, st
 def fit_loop(run: Run) -> None:
     """Train until something says stop. Progress, metrics and the module carry the result."""
     facade, progress = run.facade, run.facade.progress
-    if run.options.num_sanity_val_steps and run.val and not progress.epoch_open:
+    if run.options.num_sanity_val_steps and run.val and (not progress.epoch_open or progress.phase == "epoch_end"):
         sanity_check(run)
     facade.state.stage = "train"
     if finished(run):  # nothing to train
@@ -48,8 +48,8 @@ def _epoch(run: Run) -> None:
         renew(run, "train")
     run.train.set_epoch(progress.epoch)
     if not progress.epoch_open:
-        run.fire("on_train_epoch_start")
         run.fire("on_epoch_start")
+        run.fire("on_train_epoch_start")
         progress.epoch_open = True
     if progress.phase != "epoch_end":
         ahead = _open_pass(run)
@@ -194,7 +194,7 @@ def _capture(run: Run, batch: Any) -> Step:
     run.ledger.compile_s += spent
     run.started += spent  # max_time is for training
     if run.open_gradients is not None:
-        step.load_gradients(run.open_gradients)
+        step.load_gradients(run.open_gradients, run.facade.progress.window_open)
         run.open_gradients = None
     run.display.rung = run.report.rung
     run.display.restart_clock(run.facade)
