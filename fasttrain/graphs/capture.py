@@ -17,9 +17,9 @@ from fasttrain.errors import CaptureError, DataError, FasttrainError
 from fasttrain.graphs import decisions
 from fasttrain.graphs.contract import copied, describe
 from fasttrain.graphs.cut import CutFunction
-from fasttrain.graphs.explain import AROUND, gradient_hooks, hook_obstacles, obstacle_from
+from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
 from fasttrain.graphs.look import first_part, look
-from fasttrain.graphs.maker import StepMaker, cut_functions, everyone
+from fasttrain.graphs.maker import StepMaker, cut_functions, tried
 from fasttrain.graphs.program import forward
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
@@ -97,7 +97,8 @@ def obstacles_of(maker: StepMaker) -> list[Obstacle]:
     """What is known to stand in the way before anything is traced."""
     hooks, module = maker.hooks.live | (maker.trainable.hooks & set(IN_STEP_HOOKS)), maker.trainable.module
     scripted = maker.trainable.form in ("generator", "manual")
-    found = hook_obstacles(module, sorted(hooks if scripted else hooks - AROUND))
+    refused = hooks if scripted or maker.options.capture == "graph" else hooks - AROUND - BETWEEN
+    found = hook_obstacles(module, sorted(refused))
     if scripted or maker.options.capture == "auto":  # they cannot be kept silent while eager steps are timed
         advice = "It is called on the eager rung; capture='compile' calls it too, on the captured gradient."
         found += [Obstacle(f"a gradient hook on parameter {n}", advice=advice) for n in gradient_hooks(module)]
@@ -133,6 +134,11 @@ def _traced(
 ) -> tuple[Step, CaptureReport]:
     """Trace now, on a snapshot, so that a failure costs nothing but time; what cannot be had whole is cut in pieces."""
     build = build or Build(kernel_threads=torch.get_num_threads())
+    between = sorted((maker.hooks.live | maker.trainable.hooks) & BETWEEN)
+    if between and not build.cut:
+        advice = "It is honoured between compiled stretches; on_after_backward would leave the step whole."
+        report.obstacles += [Obstacle(f"the hook {h} runs between the forward and the backward pass", advice=advice) for h in between]
+        build = replace(build, cut=True, cpp_wrapper=False)
     if build.cut:
         return _cut(maker, report, batch, why, build)
     step = maker.captured(build, graph=graph)
@@ -163,10 +169,10 @@ def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: B
         before = sum(f.ran for f in functions)
         error = error or _try(maker, step, batch, functions)
         pieces = sum(f.ran for f in functions) - before
-    if error is not None:
+    if error is not None or pieces == 0:
         return _not_captured(maker, report, error)
-    if maker.options.capture == "auto" and sum(f.ops for f in functions) < LEAST_OPS * max(1, pieces):
-        return _eager(maker, report, f"it cannot be traced whole, and its {pieces} pieces are small: {report.obstacles[-1]}")
+    if maker.options.capture == "auto" and maker.decided is None and sum(f.ops for f in functions) < LEAST_OPS * pieces:
+        return _eager(maker, report, f"it cannot be traced whole, and its {pieces} pieces are small: {report.obstacles[-1] if report.obstacles else ''}")
     report.compile_s = time.perf_counter() - started
     maker.say(f"compiled in {pieces} pieces in {report.compile_s:.1f} s")
     report.rung, report.whole, report.pieces, report.why = "compile", False, pieces, why
@@ -174,7 +180,9 @@ def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: B
     return step, report
 
 
-def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception) -> tuple[Step, CaptureReport]:
+def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception | None) -> tuple[Step, CaptureReport]:
+    if not report.obstacles:
+        report.obstacles.append(Obstacle("nothing of it can be traced") if error is None else obstacle_from(error))
     if maker.options.capture != "auto":
         raise CaptureError(f"capture={maker.options.capture!r} cannot be had: {report.obstacles[-1]}") from error
     return _eager(maker, report, f"it cannot be traced whole: {report.obstacles[-1]}")
@@ -183,7 +191,7 @@ def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception) -> 
 def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFunction] = (), *, runs: int = 1) -> Exception | None:
     """Whole micro-steps (or these ``functions`` of one) from a snapshot that is put back; what went wrong."""
     before = maker.snapshot()
-    everyone(step, True)
+    tried(step, True)
     try:
         with maker.trial():
             for i, function in enumerate(functions):
@@ -198,7 +206,7 @@ def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFuncti
         return error
     finally:
         before.restore()
-        everyone(step, False)
+        tried(step, False)
         maker.trainable.sink.items = None
     return None
 
@@ -324,7 +332,7 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
     """Least seconds of a whole step over a few, from a snapshot that is put back."""
     before = maker.snapshot()
     step.refresh()
-    everyone(step, True)
+    tried(step, True)
     best, end = float("inf"), time.perf_counter() + budget_s
     with maker.trial():
         for i in range(20):
@@ -339,6 +347,6 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
             best = min(best, now - started) if i else best
             if now > end and i >= 2:
                 break
-    everyone(step, False)
+    tried(step, False)
     before.restore()
     return best

@@ -25,6 +25,8 @@ ADVICE = (
 AROUND = frozenset(
     ("on_before_zero_grad", "optimizer_zero_grad", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 ) | {"optimizer_step"}
+# Hooks in its middle: the step is cut there.
+BETWEEN = frozenset(("on_before_backward", "backward"))
 
 
 def obstacle_from(error: BaseException) -> Obstacle:

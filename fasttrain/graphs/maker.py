@@ -135,9 +135,11 @@ def cut_functions(step: Step) -> list[CutFunction]:
     return [s.cut for s in steps if isinstance(s, CutStep)]
 
 
-def everyone(step: Step, on: bool) -> None:
-    """While a step is tried, every optimizer has its turn."""
+def tried(step: Step, on: bool) -> None:
+    """While a step is tried every optimizer has its turn; after it nothing is left of the gradients it gathered."""
     if isinstance(step, SplitStep):
         step = step.step
     if isinstance(step, Turns):
         step.everyone = on
+    if isinstance(step, ScriptStep) and not on:
+        step.host.new_window()

@@ -70,6 +70,9 @@ class Turns:
                 if last:
                     self._update(i, divisor / self._pending[i])
             outputs.append(out)
+        for i in self._left_over() if last else ():  # whose turn was earlier in this window
+            with self._toggled(i) if self.steps[i].rung == "eager" else _as_it_is():
+                self._update(i, divisor / self._pending[i])
         if self._scaler is not None:
             self._scaler.settle()
         *earlier, out = outputs
@@ -82,11 +85,9 @@ class Turns:
 
     def update_step(self, rescale: float) -> int:
         """What the micro-step's updates came to; a window that a stop has cut short is closed here."""
-        if not any(self.moved) and self._result == 0 and any(self._pending):
-            for i, pending in enumerate(self._pending):
-                if pending:
-                    with self._toggled(i) if self.steps[i].rung == "eager" else _as_it_is():
-                        self._update(i, rescale)
+        for i in self._left_over():
+            with self._toggled(i) if self.steps[i].rung == "eager" else _as_it_is():
+                self._update(i, rescale)
         return self._result or max(self.moved)
 
     def refresh(self) -> None:
@@ -104,6 +105,9 @@ class Turns:
             if mine:
                 self._pending[i] = int(mine.pop(""))
                 step.load_gradients(mine, self._pending[i])
+
+    def _left_over(self) -> list[int]:
+        return [i for i, pending in enumerate(self._pending) if pending]
 
     def _update(self, i: int, rescale: float) -> None:
         stepped = self.steps[i].update_step(rescale)
