@@ -225,9 +225,11 @@ def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[An
                 step_schedulers(run, by_step, done)
     elif run.options.nonfinite == "raise" and run.maker is not None and run.maker.scaler is None:
         loss = run.display.recent[-1]
+        several = "The weights of the refused optimizer are as they were before this step; turns before it have been taken. "
+        kept = "The weights are as they were before this step. " if len(step.moved) == 1 else several
         raise NonFiniteError(
             f"step {progress.global_step} (epoch {progress.epoch}, batch {batch_idx}): the loss or a gradient is not finite "
-            f"(loss {float('nan') if loss is None else float(loss)}). The weights are as they were before this step. "
+            f"(loss {float('nan') if loss is None else float(loss)}). {kept}"
             "Look at this batch and at the learning rate, clip with gradient_clip_val=1.0, or set nonfinite='skip'."
         )
     else:

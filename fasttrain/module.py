@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fasttrain.entries import check_entry
 from fasttrain.errors import ModuleError, reject
 from fasttrain.forms import Form, ended_by, eval_adapter, form_of, named, split_length, train_adapter
 from fasttrain.results import LogKey, reduce_named
@@ -51,8 +53,12 @@ MODULE_HOOKS = (
     "on_validation_epoch_end",
     "on_validation_batch_start",
     "on_validation_batch_end",
+    "on_validation_model_zero_grad",
     "on_validation_model_eval",
     "on_validation_model_train",
+    "on_test_model_eval",
+    "on_test_model_train",
+    "on_predict_model_eval",
     "on_test_start",
     "on_test_end",
     "on_test_epoch_start",
@@ -154,9 +160,8 @@ class Sink:
 
 def log_key(item: tuple[Any, ...], suffix: str = "") -> LogKey:
     """The constant part of one sink item; ``suffix`` names the dataloader when there are several."""
-    name, _, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_idx = item
-    if not isinstance(name, str):
-        raise ModuleError(reject("self.log(name)", repr(name), "a string", "Give the metric a name."))
+    name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_idx = item
+    check_entry(name, value, add_idx)
     return LogKey(name + (suffix if add_idx else ""), prog_bar, logger, on_step, on_epoch, reduce_named(reduce_fx), batch_size)
 
 
@@ -191,6 +196,16 @@ class Trainable:
         step = self._step_for(stage, STAGE_STEPS[stage], alone=True) if alone else self._steps[stage]
         assert step is not None
         return step
+
+    @property
+    def takes_turns(self) -> bool:
+        """Was ``turns=`` given?"""
+        return self._turns is not None
+
+    def helpers(self) -> list[Any]:
+        """Objects behind ``loss=`` and ``turns=`` that may count or keep something."""
+        holders = [getattr(f, "__self__", f) for f in (self._loss, self._turns) if f is not None]
+        return [h for h in holders if hasattr(h, "__dict__") and not isinstance(h, (nn.Module, FunctionType, ModuleType))]
 
     def call_named(self, hook: str, **known: Any) -> Any:
         """Call a module hook with those of ``known`` that it takes, whichever signature of the years it has."""
@@ -237,6 +252,9 @@ class Trainable:
             raise ModuleError(
                 f"lr_scheduler: got one without optimizer=, so {m}.configure_optimizers decides. Return the scheduler there, or give both."
             )
+        if self._turns is not None and self.split_length:
+            raise ModuleError(f"turns: got one for {m}, whose truncated_bptt_steps is {self.split_length}. Split the batch in turns, "
+                              "or yield from training_step(self, batch, batch_idx, hiddens).")  # fmt: skip
         if self._loss is not None and overridden(self.module, "training_step"):
             raise ModuleError(f"loss: got one for {m}, whose training_step returns its own loss. Leave loss out, or training_step.")
         if not self.has("train"):

@@ -28,7 +28,8 @@ def save(run: Run, path: Path, weights_only: bool) -> Path:
     }
     if not weights_only:
         state |= _training_state(run)
-    run.callbacks_and_module("on_save_checkpoint", state)
+    tell_callbacks(run, "on_save_checkpoint", state)
+    run.trainable.call("on_save_checkpoint", state)
     written = disk.write(Path(path), state)
     run.ledger.checkpoint_s += time.perf_counter() - started
     return written
@@ -112,7 +113,7 @@ def load_weights(run: Run, ckpt_path: str | os.PathLike[str] | None) -> None:
 def load_module(run: Run, saved: dict[str, Any]) -> None:
     """Weights and buffers, with one table of what does not fit. Raises CheckpointError before anything is changed."""
     module = run.trainable.module
-    run.callbacks_and_module("on_load_checkpoint", saved)
+    run.trainable.call("on_load_checkpoint", saved)
     table = _mismatch(module.state_dict(), saved["state_dict"])
     if table:
         raise CheckpointError(
@@ -131,14 +132,32 @@ def _mismatch(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     return "\n".join(rows[:20] + ([f"  ... and {len(rows) - 20} more"] if len(rows) > 20 else []))
 
 
-def load_training(run: Run, saved: dict[str, Any]) -> None:
-    """Everything but the weights: optimizer, schedulers, scaler, callbacks, counters; streams and position wait for the epoch."""
-    facade, maker = run.facade, run.maker
-    assert maker is not None
+def tell_callbacks(run: Run, hook: str, saved: dict[str, Any]) -> None:
+    """``on_save_checkpoint`` or ``on_load_checkpoint`` of callbacks, which may add to a checkpoint, or take from it."""
+    sink = run.trainable.sink
+    before, sink.hook = sink.hook, hook
+    for call in run.callbacks.calls(hook):
+        call(run.facade, run.trainable.module, saved)
+    sink.hook = before
+
+
+def load_before_optimizers(run: Run, saved: dict[str, Any]) -> None:
+    """To go on training: weights, then the state of the datamodule, which its loaders may need, then that of callbacks."""
     if "progress" not in saved:
         raise CheckpointError(
             "this checkpoint holds weights only: training cannot go on from it. Load it with validate/test/predict, or start anew."
         )
+    load_module(run, saved)
+    if saved["datamodule"] is not None and callable(getattr(run.facade.datamodule, "load_state_dict", None)):
+        run.facade.datamodule.load_state_dict(saved["datamodule"])
+    tell_callbacks(run, "on_load_checkpoint", saved)
+    run.callbacks.load_state_dict(saved["callbacks"])
+
+
+def load_training(run: Run, saved: dict[str, Any]) -> None:
+    """The rest: optimizer, schedulers, scaler, counters; streams and position wait for the epoch."""
+    facade, maker = run.facade, run.maker
+    assert maker is not None
     if len(saved["lr_schedulers"]) != len(run.schedulers):
         raise CheckpointError(
             f"the checkpoint has {len(saved['lr_schedulers'])} schedulers and configure_optimizers returned {len(run.schedulers)}. "
@@ -161,11 +180,8 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
     if maker.scaler is not None and saved["scaler"] is not None:
         maker.scaler.load_state_dict(saved["scaler"])
     facade.progress.load_state_dict(saved["progress"])
-    run.callbacks.load_state_dict(saved["callbacks"])
     facade.train_store.load(saved["train_metrics"])
     facade.restore_known(saved["known_metrics"])
-    if saved["datamodule"] is not None and callable(getattr(facade.datamodule, "load_state_dict", None)):
-        facade.datamodule.load_state_dict(saved["datamodule"])
     as_decided(maker, saved["decided"])
     run.open_gradients = saved["open_gradients"]
     run.resume = {"rng": saved["rng"], "epoch_rng": saved["epoch_rng"] if facade.progress.epoch_open else None}
@@ -179,4 +195,8 @@ def complete_report(run: Run) -> None:
     report.traces, report.compile_s = sum(c.traces for c in step.calls), sum(c.compile_s for c in step.calls)
     report.direct = all(c.direct for c in step.calls)
     report.why_guarded = next((c.why_guarded for c in step.calls if not c.direct), "")
+    batches = run.facade.progress.batches_seen
+    if report.direct and batches >= 16 and all(2 * c.guarded_calls > batches for c in step.calls):
+        why = "somebody's code runs between the steps: a hook, a callback, a loader that knows the module"
+        report.direct, report.why_guarded = False, why
     report.obstacles += [o for o in step.obstacles if o not in report.obstacles]

@@ -114,7 +114,8 @@ def moved_schedulers(run: Run, configs: Sequence[SchedulerConfig], moved: Sequen
     for i, n in enumerate(moved):
         for _ in range(n):
             steps[i] += 1
-            step_schedulers(run, [c for c in configs if c.opt_idx == i], steps[i])
+            if configs:
+                step_schedulers(run, [c for c in configs if c.opt_idx == i], steps[i])
 
 
 def _monitored(run: Run, config: SchedulerConfig) -> Any:

@@ -148,7 +148,7 @@ def _traced(
         error = CaptureError("a sparse gradient: the captured update takes dense ones")
     if error is not None:
         report.obstacles.append(obstacle_from(error))
-        if maker.trainable.form in ("single", "indexed") and maker.options.capture != "graph":
+        if maker.trainable.form != "generator" and maker.options.capture != "graph":
             return _cut(maker, report, batch, why, replace(build, cut=True, cpp_wrapper=False))
         return _not_captured(maker, report, error)
     report.compile_s, report.traces = sum(c.compile_s for c in step.calls), sum(c.traces for c in step.calls)
@@ -167,12 +167,13 @@ def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: B
     functions, error, pieces = cut_functions(step), None, 0
     for _ in range(3):  # counters and numbers change at the second; forward alone, so that no gradient hook hears of it
         before = sum(f.ran for f in functions)
-        error = error or _try(maker, step, batch, functions)
+        error = error or _try(maker, step, batch, functions if maker.trainable.form != "manual" else ())
         pieces = sum(f.ran for f in functions) - before
     if error is not None or pieces == 0:
         return _not_captured(maker, report, error)
     if maker.options.capture == "auto" and maker.decided is None and sum(f.ops for f in functions) < LEAST_OPS * pieces:
-        return _eager(maker, report, f"it cannot be traced whole, and its {pieces} pieces are small: {report.obstacles[-1] if report.obstacles else ''}")
+        why_not = report.obstacles[-1] if report.obstacles else ""
+        return _eager(maker, report, f"it cannot be traced whole, and its {pieces} pieces are small: {why_not}")
     report.compile_s = time.perf_counter() - started
     maker.say(f"compiled in {pieces} pieces in {report.compile_s:.1f} s")
     report.rung, report.whole, report.pieces, report.why = "compile", False, pieces, why

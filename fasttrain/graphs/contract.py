@@ -83,7 +83,40 @@ def reader_for(batch: Any) -> Callable[[Any], Any] | None:
         return None
     if type(batch) is dict and all(isinstance(t, Tensor) for t in batch.values()):
         return dict.values
-    return tensors_of
+    return _written_reader(batch) or tensors_of
+
+
+def _written_reader(batch: Any) -> Callable[[Any], Any] | None:
+    """A function written for one nesting of containers: the tensors of a batch built so, None for any other batch."""
+    names: dict[str, Any] = {"Tensor": Tensor}
+    checks: list[str] = []
+    leaves: list[str] = []
+
+    def walk(node: Any, at: str) -> bool:
+        if isinstance(node, Tensor):
+            leaves.append(at)  # what is no tensor there is found when its shape is compared
+            return True
+        if node is None:
+            checks.append(f"{at} is not None")
+            return True
+        kind = f"k{len(names)}"
+        names[kind] = type(node)
+        if isinstance(node, dict):
+            keys = f"d{len(names)}"
+            names[keys] = list(node)
+            checks.append(f"type({at}) is not {kind} or list({at}) != {keys}")
+            return all(isinstance(k, (str, int)) and walk(v, f"{at}[{k!r}]") for k, v in node.items())
+        if isinstance(node, (list, tuple)):
+            checks.append(f"type({at}) is not {kind} or len({at}) != {len(node)}")
+            return all(walk(v, f"{at}[{i}]") for i, v in enumerate(node))
+        return False
+
+    if not walk(batch, "b") or len(leaves) > 64:
+        return None
+    tests = "".join(f"    if {c}: return None\n" for c in checks)
+    exec(f"def read(b):\n{tests}    return ({''.join(leaf + ', ' for leaf in leaves)})", names)
+    read: Callable[[Any], Any] = names["read"]
+    return read
 
 
 def structure(batch: Any) -> Key:

@@ -52,8 +52,15 @@ def _where(error: BaseException) -> str:
     frames = [(f.filename, f.lineno or 0) for f in stack]
     if not frames:
         frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
-    mine = [f for f in frames if is_user_file(f[0])]
+    mine = [f for f in frames if is_user_file(f[0])] or [f for f in frames if not _is_machinery(f[0])]
     return f"{mine[-1][0]}:{mine[-1][1]}" if mine else ""
+
+
+def _is_machinery(filename: str) -> bool:
+    """Torch's, ours, or generated: no place to point at."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    inside = os.path.abspath(filename)
+    return filename.startswith("<") or inside.startswith(package + os.sep) or f"{os.sep}torch{os.sep}" in inside
 
 
 def is_user_file(filename: str) -> bool:

@@ -140,5 +140,5 @@ def mean_of(losses: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _count(trainable: Trainable, wanted: int, came: str, do: str) -> str:
-    name = type(trainable.module).__name__
-    return f"{name}.training_step is a generator: it {came} losses and configure_optimizers returned {wanted} optimizers. {do}"
+    name = "turns=" if trainable.takes_turns else f"{type(trainable.module).__name__}.training_step"
+    return f"{name} is a generator: it {came} losses and configure_optimizers returned {wanted} optimizers. {do}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -56,7 +57,9 @@ class StepMaker:
         """The compile (or graph) rung of this module's form."""
         form = self.trainable.form
         step: Step
-        if build.cut:
+        if build.cut and form == "manual":
+            step = self._manual(CutFunction(self.trainable.step("train"), self.spec, build))
+        elif build.cut:
             step = self._turns([self._cut_one(i, build) for i in range(len(self.optimizers))])
         elif form in ("generator", "manual"):
             eager = self._eager()
@@ -69,7 +72,7 @@ class StepMaker:
         return self._split(step)
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.trainable.module, list(self.optimizers), list(self.schedulers))
+        return Snapshot(self.trainable.module, list(self.optimizers), [*self.schedulers, *self.trainable.helpers()])
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains, each once."""
@@ -87,7 +90,8 @@ class StepMaker:
         outside, sink.outside, self.hooks.muted = sink.outside, None, True
         scale = None if self.scaler is None else self.scaler.state_dict()
         try:
-            with redirect_stdout(io.StringIO()):
+            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # the tracer looks at everything
                 yield
         finally:
             sink.outside, self.hooks.muted = outside, False
@@ -97,12 +101,16 @@ class StepMaker:
     def _eager(self) -> Step:
         form, common = self.trainable.form, (self.options, self.scaler)
         if form == "manual":
-            return ManualStep(self.trainable, self.spec, self.optimizers, self.schedulers, *common, self.verbs, self.hooks)
+            return self._manual(None)
         if form == "generator":
             return GeneratorStep(self.trainable, self.spec, self.optimizers, *common, self.hooks)
         return self._turns(
             [EagerStep(self.trainable, self.spec, o, trainable_params(o), *common, self.hooks, i) for i, o in enumerate(self.optimizers)]
         )
+
+    def _manual(self, cut: CutFunction | None) -> ManualStep:
+        given = (self.trainable, self.spec, self.optimizers, self.schedulers, self.options, self.scaler)
+        return ManualStep(*given, self.verbs, self.hooks, cut)
 
     def _captured_one(self, i: int, build: Build, graph: bool) -> Step:
         optimizer = self.optimizers[i]
@@ -132,7 +140,7 @@ def cut_functions(step: Step) -> list[CutFunction]:
     if isinstance(step, SplitStep):
         step = step.step
     steps = step.steps if isinstance(step, Turns) else [step]
-    return [s.cut for s in steps if isinstance(s, CutStep)]
+    return [s.cut for s in steps if isinstance(s, (CutStep, ManualStep)) and s.cut is not None]
 
 
 def tried(step: Step, on: bool) -> None:

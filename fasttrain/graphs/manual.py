@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import ModuleError, reject
+from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.eager import hooked_tail
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, forward, keys_and_values
@@ -76,6 +77,9 @@ class ManualOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optimizer"], name)
+
 
 class ManualScheduler:
     """What ``self.lr_schedulers()`` gives: ``step`` moves the schedule at its place in the step, everything else is the scheduler's."""
@@ -90,11 +94,10 @@ class ManualScheduler:
         return getattr(self.scheduler, name)
 
 
-def _scheduler(verbs: Verbs, index: int, scheduler: Any) -> ManualScheduler:
-    """A ManualScheduler that passes for the class it stands for: people ask ``isinstance(sch, ReduceLROnPlateau)``."""
-    kind: Any = type(type(scheduler).__name__, (ManualScheduler, type(scheduler)), {})
-    made: ManualScheduler = kind(verbs, index, scheduler)
-    return made
+def _passing(base: type, verbs: Verbs, index: int, real: Any) -> Any:
+    """One of ours that passes for the class it stands for: people ask ``isinstance(sch, ReduceLROnPlateau)``."""
+    kind: Any = type(type(real).__name__, (base, type(real)), {})
+    return kind(verbs, index, real)
 
 
 class Verbs:
@@ -102,12 +105,15 @@ class Verbs:
 
     def __init__(self) -> None:
         self._optimizers: list[ManualOptimizer] = []
+        self._plain: list[ManualOptimizer] = []
+        self.in_graph = False  # what a tracer meets must be ours alone: it has ideas of its own about optimizers
         self._schedulers: list[ManualScheduler] = []
         self.acts: Acts | None = None
 
     def bind(self, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any]) -> None:
-        self._optimizers = [ManualOptimizer(self, i, o) for i, o in enumerate(optimizers)]
-        self._schedulers = [_scheduler(self, i, s) for i, s in enumerate(schedulers)]
+        self._optimizers = [_passing(ManualOptimizer, self, i, o) for i, o in enumerate(optimizers)]
+        self._plain = [ManualOptimizer(self, i, o) for i, o in enumerate(optimizers)]
+        self._schedulers = [_passing(ManualScheduler, self, i, s) for i, s in enumerate(schedulers)]
 
     def named(self) -> dict[str, Callable[..., Any]]:
         names = ("optimizers", "lr_schedulers", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
@@ -115,7 +121,8 @@ class Verbs:
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """The optimizers of configure_optimizers: one by itself, several in a list."""
-        found: list[Any] = self._optimizers if use_pl_optimizer else [o.optimizer for o in self._optimizers]
+        mine = self._plain if self.in_graph else self._optimizers
+        found: list[Any] = mine if use_pl_optimizer else [o.optimizer for o in mine]
         return found[0] if len(found) == 1 else list(found)
 
     def lr_schedulers(self) -> Any:
@@ -152,24 +159,27 @@ class Verbs:
         return self.acts
 
     def _index_of(self, optimizer: Any) -> int:
-        for i, mine in enumerate(self._optimizers):
-            if optimizer is mine or optimizer is mine.optimizer:
+        for i, mine in enumerate(self._plain):
+            if optimizer is mine or optimizer is mine.optimizer or optimizer is self._optimizers[i]:
                 return i
         raise ModuleError(reject("optimizer", type(optimizer).__name__, "one of self.optimizers()", "Take it from there."))
 
 
 class ManualStep:
-    """The eager rung of manual optimization: every verb at its place, in plain torch."""
+    """The eager rung of manual optimization: every verb at its place, in plain torch.
 
-    rung = "eager"
+    ``cut``: the module's own code in compiled stretches between the verbs.
+    """
+
     takes_closure = True
     calls: Sequence[TracedCall] = ()
     obstacles: Sequence[Obstacle] = ()
 
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any],
-        options: Options, scaler: LossScale | None, verbs: Verbs, hooks: InStepHooks,
+        options: Options, scaler: LossScale | None, verbs: Verbs, hooks: InStepHooks, cut: CutFunction | None = None,
     ) -> None:  # fmt: skip
+        self.cut, self.rung = cut, "eager" if cut is None else "compile"
         self._trainable, self._spec, self._scaler, self._verbs, self._hooks = trainable, spec, scaler, verbs, hooks
         self._optimizers, self._schedulers = optimizers, schedulers
         self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks, spec.norms) for i, o in enumerate(optimizers)]
@@ -188,7 +198,7 @@ class ManualStep:
         if self._scaler is not None:
             self._scaler.gather()
         try:
-            output, items = forward(self._trainable, self._spec, "train", batch, batch_idx)
+            output, items = forward(self._trainable, self._spec, "train", batch, batch_idx, 0, self.cut)
         finally:
             if self._scaler is not None:
                 self._scaler.settle()

@@ -71,7 +71,7 @@ class ScriptStep:
             self._divisor.fill_(divisor)
         self.opened, self._window = (1 if first else self.opened + 1), (first, last, divisor)
         if self._verbs is not None:
-            self._verbs.acts = self.acts
+            self._verbs.acts, self._verbs.in_graph = self.acts, True
         elif first:
             host.new_window()
         if call.dirty:
@@ -87,6 +87,8 @@ class ScriptStep:
         finally:
             host.looks = False
             host.end()
+            if self._verbs is not None:
+                self._verbs.in_graph = False
         return out
 
     def update_step(self, rescale: float) -> int:
@@ -100,6 +102,8 @@ class ScriptStep:
         """The micro-step just made, on the eager rung from ``held`` gradients: its output, and the gradients it leaves."""
         first, last, divisor = self._window
         eager = self.eager
+        if self._verbs is not None:
+            self._verbs.in_graph = False
         if self._verbs is not None or not first:
             eager.load_gradients(held, self.opened - 1)
         eager.opened = self.opened - 1

@@ -62,7 +62,7 @@ class SplitStep:
             out = self.step.micro_step(Carried(part, hiddens), batch_idx, first=begins, last=last, divisor=divisor)
             if last:
                 self._count(self.step.update_step(1.0))
-            hiddens = tree_map_only(Tensor, Tensor.detach, hiddens_of(out.returned))
+            hiddens = tree_map_only(Tensor, Tensor.detach, _left_hiddens(out.returned))
             outputs += [*out.earlier, out._replace(earlier=())]
         *earlier, out = outputs
         return out._replace(earlier=earlier, returned=[o.returned for o in outputs])
@@ -89,6 +89,13 @@ class SplitStep:
         self._taken += stepped
         one = len(self.moved) == 1
         self.moved = [a + (stepped if one else b) for a, b in zip(self.moved, self.step.moved, strict=True)]
+
+
+def _left_hiddens(returned: Any) -> Any:
+    """Of one step, or of the last turn that left some."""
+    if not isinstance(returned, list):
+        return hiddens_of(returned)
+    return next((h for r in reversed(returned) if (h := hiddens_of(r)) is not None), None)
 
 
 def split_along_time(batch: Any, length: int) -> list[Any]:

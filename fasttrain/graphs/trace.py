@@ -161,7 +161,7 @@ class _Entry:
             raise CaptureError("a random.Random of the module's own draws inside the step: the tracer would freeze its numbers.")
         guards = {_name(g) for g in output.guards}
         self.unvalidated = any("distributions" in g for g in guards)
-        varying = [n for n in guards if n.rstrip("']").endswith(VARYING)]
+        varying = [n for n in guards if n.rstrip("']").endswith(VARYING) or ".progress." in n]
         if foreign:
             self.why_not = f"the step changes Python state ({type(getattr(foreign[0], 'value', foreign[0])).__name__})"
         elif varying:

@@ -43,6 +43,7 @@ class TracedCall:
         self.why_guarded = ""
         self.failed = self._unvalidated = False
         self._unlooked = 0
+        self.guarded_calls = 0  # whose guards were evaluated
         self._ran = False
         self._traces: dict[Any, Trace] = {}  # by the batch's structure, and True for the one of changing sizes
         self._traced_before = 0
@@ -89,6 +90,7 @@ class TracedCall:
                 self.plan = known
                 return out
         self._seen[key] += 1
+        self.guarded_calls += 1
         if self._look_due():
             looked = self.untraced(batch, batch_idx)
             return StepOutput(looked.loss, *keys_and_values(looked.items), looked.returned, looked.grads)
