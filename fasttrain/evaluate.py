@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fasttrain.data import END, Lookahead, Source
+from fasttrain.entries import check_place
 from fasttrain.graphs.capture import built_as
 from fasttrain.graphs.contract import batch_size_of
 from fasttrain.graphs.evalstep import EvalStep
@@ -27,9 +28,10 @@ def sanity_check(run: Run) -> None:
     facade, steps = run.facade, run.options.num_sanity_val_steps
     streams = rng_state()
     facade.sanity_checking = True
-    run.fire("on_sanity_check_start")
-    evaluate(run, run.val, "validate", at_most=None if steps == -1 else steps)
-    run.fire("on_sanity_check_end")
+    with facade.metrics_put_back():
+        run.fire("on_sanity_check_start")
+        evaluate(run, run.val, "validate", at_most=None if steps == -1 else steps)
+        run.fire("on_sanity_check_end")
     facade.sanity_checking = False
     set_rng_state(streams)
 
@@ -40,6 +42,8 @@ def evaluate(run: Run, sources: Sequence[Source], stage: str, *, at_most: int | 
     before, was_ended, was_step = facade.state.stage, facade.epoch_ended, facade.log_on_step
     facade.state.stage, facade.epoch_ended, facade.log_on_step = stage, False, False
     facade.eval_store.reset()
+    if facade.state.fn == "fit" and not facade.sanity_checking and not facade.progress.window_open:
+        run.trainable.call("on_validation_model_zero_grad")
     with _eval_mode(run, stage), _without_gradients(run):
         run.fire(f"on_{hook}_start")
         run.fire(f"on_{hook}_epoch_start")
@@ -50,8 +54,8 @@ def evaluate(run: Run, sources: Sequence[Source], stage: str, *, at_most: int | 
         run.fire(f"on_{hook}_epoch_end")
         view = facade.eval_store.at_epoch_end()
         facade.eval_store.reset()
+        facade.keep(view)
         if not facade.sanity_checking:
-            facade.keep(view)
             facade.send(view.logged, facade.progress.stepping_batches)
         run.fire(f"on_{hook}_end")
     facade.state.stage, facade.epoch_ended, facade.log_on_step = before, was_ended, was_step
@@ -90,7 +94,7 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     hook, suffix = HOOK[stage], f"/dataloader_idx_{index}" if count > 1 else ""
     limit = source.batches if at_most is None else min(at_most, source.batches)
     transfer, eval_step = run.transfer(index), _step_of(run, source, stage, index, suffix)
-    starts, ends = run.live(f"on_{hook}_batch_start"), run.live(f"on_{hook}_batch_end")
+    start, end = (run.batch_hook(f"on_{hook}_batch_{which}", several=count > 1) for which in ("start", "end"))
     keep = stage == "predict" or f"{hook}_epoch_end" in trainable.hooks
     source.set_epoch(facade.progress.epoch)
     ahead = Lookahead(source.one_pass(), limit, source.total)
@@ -109,17 +113,19 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
             continue
         if transfer is not None:
             batch = transfer(batch)
-        if starts or ends:
+        if start or end:
             facade.last_batch_size, facade.dataloader_suffix = batch_size_of(batch), suffix
-        if starts:
-            run.fire(f"on_{hook}_batch_start", batch, batch_idx, index)
+        if start is not None:
+            start(batch, batch_idx, index)
         if foreign:
             eval_step.refresh()
         output, keys, values, size = eval_step(batch, batch_idx, index)
         if keys:
+            if stage == "predict":
+                check_place(keys[0].name, "predict_step", on_step=False, on_epoch=True)
             facade.eval_store.append(keys, values, size)
-        if ends:
-            run.fire(f"on_{hook}_batch_end", rebuilt(output), batch, batch_idx, index)
+        if end is not None:
+            end(rebuilt(output), batch, batch_idx, index)
         if keep:
             yield output
         now = time.perf_counter()
@@ -164,16 +170,16 @@ def _eval_mode(run: Run, stage: str) -> Iterator[None]:
     sink = run.trainable.sink
     modes = [(m, m.training) for m in module.modules()]
     sink.on_step_default, sink.on_epoch_default = False, True
-    if stage == "validate" and "on_validation_model_eval" in hooks:
-        run.trainable.call("on_validation_model_eval")
+    if (to_eval := f"on_{HOOK[stage]}_model_eval") in hooks:
+        run.trainable.call(to_eval)
     else:
         module.eval()
     try:
         yield
     finally:
         sink.on_step_default, sink.on_epoch_default = True, False
-        if stage == "validate" and "on_validation_model_train" in hooks:
-            run.trainable.call("on_validation_model_train")
+        if (to_train := f"on_{HOOK[stage]}_model_train") in hooks:
+            run.trainable.call(to_train)
         else:
             for m, training in modes:
                 m.training = training

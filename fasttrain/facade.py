@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasttrain.entries import check_entry, check_place
 from fasttrain.errors import ModuleError
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -290,6 +293,18 @@ class TrainerFacade:
             raise ModuleError("save_checkpoint: nothing is being trained yet; call it from a hook, or after fit().")
         return self.write_checkpoint(Path(path), weights_only)
 
+    @property
+    def fit_loop(self) -> SimpleNamespace:
+        """The few things that libraries look up in Lightning's own loops; read only."""
+        source = SimpleNamespace(is_defined=lambda: self.val_dataloaders is not None)
+        epoch_loop = SimpleNamespace(
+            batch_idx=self.batch_idx,
+            total_batch_idx=self.progress.batches_seen,
+            global_step=self.global_step,
+            val_loop=SimpleNamespace(_data_source=source),
+        )
+        return SimpleNamespace(epoch_loop=epoch_loop, max_epochs=self.max_epochs, min_epochs=self.min_epochs)
+
     # -- metrics ------------------------------------------------------------------------------------------------
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
@@ -314,7 +329,7 @@ class TrainerFacade:
     def _now(self) -> MetricView:
         view = self.train_store.at_step()
         evaluating = self.state.stage in ("validate", "test", "predict")
-        if self.epoch_ended and not self.sanity_checking:
+        if self.epoch_ended:
             end = (self.eval_store if evaluating else self.train_store).at_epoch_end()
             for mine, theirs in ((view.callback, end.callback), (view.logged, end.logged), (view.bar, end.bar)):
                 mine.update(theirs)
@@ -326,6 +341,16 @@ class TrainerFacade:
         self._known.logged.update(view.logged)
         self._known.bar.update(view.bar)
         self._stamps.update(dict.fromkeys(view.callback, self.progress.global_step))
+
+    @contextmanager
+    def metrics_put_back(self) -> Iterator[None]:
+        """What is kept within can be read within, and is forgotten after."""
+        view, stamps = self._known, self._stamps
+        self._known, self._stamps = MetricView(dict(view.callback), dict(view.logged), dict(view.bar)), dict(stamps)
+        try:
+            yield
+        finally:
+            self._known, self._stamps = view, stamps
 
     def restore_known(self, metrics: Mapping[str, Tensor]) -> None:
         """After a resume: metrics stay readable as they were."""
@@ -341,14 +366,16 @@ class TrainerFacade:
 
     def log_outside(self, name: str, value: Any, how: Mapping[str, Any]) -> None:
         """``self.log`` from a hook: into the stage's store, with that hook's defaults."""
-        on_step = self.log_on_step
+        on_step, hook = self.log_on_step, self._trainable.sink.hook
+        check_entry(name, value, how["add_dataloader_idx"])
         evaluating = self.state.stage in ("validate", "test")
-        name += self.dataloader_suffix if how["add_dataloader_idx"] else ""
         step = how["on_step"] if how["on_step"] is not None else on_step
         epoch = how["on_epoch"] if how["on_epoch"] is not None else not on_step
+        check_place(name, hook, on_step=step, on_epoch=epoch)
+        name += self.dataloader_suffix if how["add_dataloader_idx"] else ""
         key = LogKey(name, how["prog_bar"], how["logger"], step, epoch, reduce_named(how["reduce_fx"]), how["batch_size"])
         store = self.eval_store if evaluating else self.train_store
-        store.log(key, value, self.last_batch_size if on_step or evaluating else 1, self._trainable.sink.hook)
+        store.log(key, value, self.last_batch_size if on_step or evaluating else 1, hook)
 
     def set_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.strategy.optimizers[:] = optimizers

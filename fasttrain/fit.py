@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Unpack
@@ -14,16 +15,17 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from fasttrain import resume
-from fasttrain.errors import ModuleError, reject
+from fasttrain.errors import FasttrainWarning, ModuleError, reject
 from fasttrain.evaluate import evaluate, predict
 from fasttrain.graphs.capture import settings
 from fasttrain.graphs.explain import explain
 from fasttrain.loaders import evaluation_sources
 from fasttrain.loop import fit_loop
-from fasttrain.module import Trainable, attached
+from fasttrain.module import Trainable, attached, overridden
 from fasttrain.options import Options, OptionsDict, make_options
 from fasttrain.own_loop import OwnLoop
 from fasttrain.results import FitResult, to_floats
+from fasttrain.retired import OLDER_HOOKS
 from fasttrain.run import Run
 from fasttrain.setup import make_run, prepare_training, set_up, tear_down
 from fasttrain.stopping import save_interrupted
@@ -85,6 +87,7 @@ class CompiledFit:
         self.options = options
         self.result: FitResult | None = None
         self._trainable = Trainable(module, loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler, turns=turns)
+        _name_older_hooks(self._trainable)
         self._run: Run | None = None
         self._own_step: OwnLoop | None = None
 
@@ -111,7 +114,6 @@ class CompiledFit:
         self._trainable.check()
         with self._running("fit", datamodule) as run, _interruptible(run):
             prepare_training(run, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
-            run.fire("on_fit_start")
             started = time.perf_counter()
             run.display.start(run.facade)
             fit_loop(run)
@@ -193,8 +195,18 @@ class CompiledFit:
             except BaseException as error:
                 run.display.stop()
                 run.fire("on_exception", error)
+                if overridden(datamodule, "on_exception") and not isinstance(datamodule, type):
+                    datamodule.on_exception(error)
                 tear_down(run, fn, datamodule, "failed")
                 raise
+
+
+def _name_older_hooks(trainable: Trainable) -> None:
+    """One warning, with a line for each of the module's hooks that has another name today."""
+    lines = [f"\n  {older}: today {present}" for older, present in OLDER_HOOKS.items() if older in trainable.hooks]
+    if lines:
+        message = f"{type(trainable.module).__name__} has hooks of older names, called at their old places. Rename them:{''.join(lines)}"
+        warnings.warn(message, FasttrainWarning, stacklevel=4)
 
 
 def _called(thing: object) -> str:

@@ -69,6 +69,8 @@ def _load_val(run: Run) -> None:
     facade, trainable, limit = run.facade, run.trainable, run.options.limit_val_batches
     _, val, datamodule = run.given
     loader = _find(run, "val_dataloader", val, datamodule, optional=True)
+    if isinstance(loader, (list, tuple, dict)) and not loader:
+        loader = None  # nothing to validate on
     if loader is not None and not trainable.has("validate"):
         warnings.warn(
             f"a validation loader was given, but {type(trainable.module).__name__} has no validation_step: nothing is validated. "

@@ -97,6 +97,11 @@ MODULE_HOOKS = (
     "validation_epoch_end",
     "test_epoch_end",
 )
+OLDER_ARGUMENTS = {
+    "on_batch_start": 3, "on_batch_end": 0, "on_epoch_start": 0, "on_epoch_end": 0, "on_pretrain_routine_start": 0,
+    "on_pretrain_routine_end": 0, "training_step_end": 1, "validation_step_end": 1, "test_step_end": 1, "training_epoch_end": 1,
+    "validation_epoch_end": 1, "test_epoch_end": 1,
+}  # fmt: skip
 STAGE_STEPS = {"train": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
@@ -179,7 +184,7 @@ class Trainable:
         self.form: Form = form_of(module, turns)
         self.split_length = split_length(module)
         self._loss, self._optimizer, self._scheduler = loss, optimizer, lr_scheduler
-        self.hooks = frozenset(h for h in MODULE_HOOKS if overridden(module, h))
+        self.hooks = frozenset(h for h in MODULE_HOOKS if overridden(module, h) and _callable_as_older(module, h))
         self._loss_takes_module = loss is not None and _first_argument_is_module(loss)
         self._steps = {stage: self._step_for(stage, name) for stage, name in STAGE_STEPS.items()}
 
@@ -359,6 +364,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def overridden(obj: object, name: str) -> bool:
     """Does ``obj`` bring its own ``name``, one that Lightning's empty base class did not define?"""
     return callable(getattr(obj, name, None)) and not _is_lightnings(obj, name) and not hasattr(nn.Module, name)
+
+
+def _callable_as_older(module: nn.Module, name: str) -> bool:
+    """Can a hook of this older name be called with what it used to get? A method that wants more is somebody's own."""
+    given = OLDER_ARGUMENTS.get(name)
+    if given is None:
+        return True
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(getattr(module, name)).parameters.values()
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters) <= given
 
 
 def is_lightning(module: object) -> bool:

@@ -238,18 +238,19 @@ def _epochs(max_epochs: object, max_steps: int, max_time: object) -> int:
 
 
 def _int(g: Mapping[str, Any], name: str, default: int, *, low: int = 0) -> int:
-    value = g.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise OptionError(reject(name, repr(value), f"an integer >= {low}", f"The default is {default}."))
-    return value
+    return default if g.get(name) is None else _integer(name, g[name], default, low)
 
 
 def _optional_int(g: Mapping[str, Any], name: str, default: int | None, *, low: int = 0) -> int | None:
-    if name in g and g[name] is None:
-        return None
-    return default if name not in g else _int(g, name, 0, low=low)
+    if g.get(name) is None:
+        return None if name in g else default
+    return _integer(name, g[name], default, low)
+
+
+def _integer(name: str, value: object, default: int | None, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise OptionError(reject(name, repr(value), f"an integer >= {low}", f"The default is {default}."))
+    return value
 
 
 def _bool(g: Mapping[str, Any], name: str, default: bool) -> bool:

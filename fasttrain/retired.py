@@ -1,4 +1,4 @@
-"""Option names of former years and of Lightning alone, and what to write instead."""
+"""Names of former years and of Lightning alone, of options and of hooks, and what to write instead."""
 
 from __future__ import annotations
 
@@ -29,4 +29,14 @@ NOT_HERE: Mapping[str, str] = {
     "benchmark": "Set torch.backends.cudnn.benchmark yourself.", "profiler": "Wrap fit() in torch.profiler.profile.",
     "use_distributed_sampler": "It trains on one device: leave it out.", "sync_batchnorm": "It trains on one device: leave it out.",
     "plugins": "Leave it out.", "model_registry": "Leave it out.", "enable_autolog_hparams": "Leave it out.",
+}  # fmt: skip
+
+OLDER_HOOKS: Mapping[str, str] = {
+    "on_batch_start": "on_train_batch_start", "on_batch_end": "on_train_batch_end",
+    "on_epoch_start": "on_train_epoch_start", "on_epoch_end": "on_train_epoch_end",
+    "on_pretrain_routine_start": "on_fit_start", "on_pretrain_routine_end": "on_fit_start",
+    "training_step_end": "the end of training_step", "validation_step_end": "the end of validation_step",
+    "test_step_end": "the end of test_step", "training_epoch_end": "on_train_epoch_end",
+    "validation_epoch_end": "on_validation_epoch_end", "test_epoch_end": "on_test_epoch_end",
+    "configure_sharded_model": "configure_model",
 }  # fmt: skip

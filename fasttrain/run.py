@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,12 +20,13 @@ from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.step import Step
-from fasttrain.module import Trainable, to_device
+from fasttrain.module import Trainable, overridden, to_device
 from fasttrain.options import Options
 from fasttrain.reach import reaches
 from fasttrain.results import CaptureReport, Ledger
 
 OUR_CALLBACKS = "fasttrain.callbacks."
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 @dataclass(kw_only=True)
@@ -60,10 +62,31 @@ class Run:
 
     def fire(self, hook: str, *args: Any) -> Any:
         """Callbacks first, then the module; returns what the module's hook returned."""
-        self.trainable.sink.hook = hook
+        sink = self.trainable.sink
+        before, sink.hook = sink.hook, hook
         for call in self.calls(hook):
             call(self.facade, self.trainable.module, *args)
-        return self.trainable.call(hook, *args)
+        returned = self.trainable.call(hook, *args)
+        sink.hook = before
+        return returned
+
+    def batch_hook(self, hook: str, *, several: bool) -> Callable[..., None] | None:
+        """Calls a hook of an evaluation's batches, whose last argument is the loader's index; None when nobody overrides it.
+
+        Where there are not several loaders, only who cannot do without the index is given it.
+        """
+        before_index, own, sink = 3 if hook.endswith("_end") else 2, hook in self.trainable.hooks, self.trainable.sink
+        calls = [(call, _takes_index(call, before_index + 2, several)) for call in self.calls(hook)]
+        own_takes = own and _takes_index(getattr(self.trainable.module, hook), before_index, several)
+
+        def fire(*args: Any) -> None:
+            before, sink.hook = sink.hook, hook
+            for call, takes in calls:
+                call(self.facade, self.trainable.module, *(args if takes else args[:-1]))
+            self.trainable.call(hook, *(args if own_takes else args[:-1]))
+            sink.hook = before
+
+        return fire if calls or own else None
 
     def fire_in_step(self, hook: str, *args: Any) -> None:
         """A hook inside the step: callbacks get what they have always got; a module's hook of the years of several
@@ -79,12 +102,6 @@ class Run:
     def calls(self, hook: str) -> tuple[Callable[..., Any], ...]:
         """The callbacks' methods for a hook; none for the older names that only modules have."""
         return self.callbacks.calls(hook) if hook in HOOKS else ()
-
-    def callbacks_and_module(self, hook: str, state: dict[str, Any]) -> None:
-        """``on_save_checkpoint`` / ``on_load_checkpoint``: callbacks get three arguments, the module one."""
-        for call in self.callbacks.calls(hook):
-            call(self.facade, self.trainable.module, state)
-        self.trainable.call(hook, state)
 
     def live(self, *hooks: str) -> bool:
         """Does anybody override one of these?"""
@@ -108,21 +125,37 @@ class Run:
         return reaches([*loaders, lambdas], targets)
 
     def transfer(self, dataloader_idx: int = 0) -> Callable[[Any], Any] | None:
-        """What brings a batch to the device; None when it is there already and nobody overrides the way."""
-        hooks, module, device = self.trainable.hooks, self.trainable.module, self.spec.device
-        names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-        if device.type == "cpu" and not any(h in hooks for h in names):
+        """What brings a batch to the device, the datamodule's own way before the module's; None when nobody has one and none is needed."""
+        sink, device = self.trainable.sink, self.spec.device
+        before, to, after = (self._transfer_hook(h) for h in TRANSFER_HOOKS)
+        if device.type == "cpu" and not (before or to or after):
             return None
 
         def transfer(batch: Any) -> Any:
-            if "on_before_batch_transfer" in hooks:
-                batch = module.on_before_batch_transfer(batch, dataloader_idx)  # type: ignore[operator]
-            if "transfer_batch_to_device" in hooks:
-                batch = module.transfer_batch_to_device(batch, device, dataloader_idx)  # type: ignore[operator]
-            else:
-                batch = to_device(batch, device)
-            if "on_after_batch_transfer" in hooks:
-                batch = module.on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[operator]
+            was = sink.hook
+            if before is not None:
+                sink.hook = TRANSFER_HOOKS[0]
+                batch = before(batch, dataloader_idx)
+            sink.hook = TRANSFER_HOOKS[1]
+            batch = to_device(batch, device) if to is None else to(batch, device, dataloader_idx)
+            if after is not None:
+                sink.hook = TRANSFER_HOOKS[2]
+                batch = after(batch, dataloader_idx)
+            sink.hook = was
             return batch
 
         return transfer
+
+    def _transfer_hook(self, name: str) -> Callable[..., Any] | None:
+        whose = self.facade.datamodule if overridden(self.facade.datamodule, name) else self.trainable.module
+        hook: Callable[..., Any] | None = getattr(whose, name, None)
+        return hook if whose is not self.trainable.module or name in self.trainable.hooks else None
+
+
+def _takes_index(call: Callable[..., Any], before: int, several: bool) -> bool:
+    """Is the loader's index, which follows ``before`` arguments, handed to this hook?"""
+    parameters = inspect.signature(call).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) <= before:
+        return several and any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return several or positional[before].default is inspect.Parameter.empty

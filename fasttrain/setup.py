@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fasttrain import resume
 from fasttrain.callbacks.adopt import adopt
-from fasttrain.callbacks.hooks import CallbackList
+from fasttrain.callbacks.hooks import CallbackList, is_callback, is_checkpoint
 from fasttrain.callbacks.model_checkpoint import ModelCheckpoint
 from fasttrain.display import Display
 from fasttrain.errors import DataError, FasttrainWarning, ModuleError, OptionError, reject
@@ -27,11 +27,11 @@ from fasttrain.graphs.program import TRUE_DTYPES, StepSpec
 from fasttrain.graphs.tail import GradientNorms, LossScale
 from fasttrain.loaders import open_loaders, restore
 from fasttrain.loggers.choice import make_loggers
-from fasttrain.module import IN_STEP_HOOKS, Trainable
+from fasttrain.module import IN_STEP_HOOKS, Sink, Trainable
 from fasttrain.options import Options
 from fasttrain.progress import make_progress
 from fasttrain.results import Ledger, LogKey
-from fasttrain.run import Run
+from fasttrain.run import OUR_CALLBACKS, Run
 from fasttrain.schedules import check_parameters, parse_optimizers
 
 
@@ -40,18 +40,10 @@ def make_run(trainable: Trainable, options: Options, fn: str) -> Run:
     device = device_of(options)
     facade = TrainerFacade(options, trainable, device)
     facade.state.fn = fn
-    own = trainable.call("configure_callbacks") or []
-    given = [*options.callbacks, *(own if isinstance(own, (list, tuple)) else [own])]
-    callbacks = [c for c in map(adopt, given) if c is not None]
-    if fn == "fit" and options.enable_checkpointing and not any(hasattr(c, "best_model_path") for c in callbacks):
-        callbacks.append(ModelCheckpoint())
-    if options.barebones and (saves := next((c for c in callbacks if hasattr(c, "best_model_path")), None)):
-        came = type(saves).__name__
-        raise OptionError(reject("callbacks", came, "none that saves, because barebones=True", "Leave one of the two out."))
-    if options.fast_dev_run:
-        callbacks = [c for c in callbacks if not hasattr(c, "best_model_path") and type(c).__name__ != "EarlyStopping"]
-    listed = CallbackList(callbacks)
+    trainable.sink.hook = ""
+    listed = CallbackList(_callbacks(trainable, options, fn))
     facade.callbacks = list(listed)
+    _lend_log(trainable.sink, facade.callbacks)
     keep = bool(listed.calls("on_train_batch_end")) and any(
         c.__module__.split(".")[0] != "fasttrain" for c in map(_owner, listed.calls("on_train_batch_end"))
     )
@@ -70,6 +62,30 @@ def make_run(trainable: Trainable, options: Options, fn: str) -> Run:
         spec=StepSpec(precision=options.precision, device=device, keep_outputs=keep),
         display=Display(make_progress(options.enable_progress_bar)),
     )
+
+
+def _callbacks(trainable: Trainable, options: Options, fn: str) -> list[Any]:
+    """Those that were given and the module's own, and one that saves where checkpoints are wanted and nobody brings any."""
+    own = trainable.call("configure_callbacks") or []
+    of_options = [c for c in map(adopt, options.callbacks) if c is not None]
+    callbacks = [*of_options, *(c for c in map(adopt, own if isinstance(own, (list, tuple)) else [own]) if c is not None)]
+    saves = next((c for c in (callbacks if options.barebones else of_options) if is_checkpoint(c)), None)
+    if saves is not None and not options.enable_checkpointing and not options.fast_dev_run:
+        off = "barebones=True" if options.barebones else "enable_checkpointing=False"
+        raise OptionError(reject("callbacks", type(saves).__name__, f"none that saves, because {off}", "Leave one of the two out."))
+    if fn == "fit" and options.enable_checkpointing and not any(map(is_checkpoint, callbacks)):
+        callbacks.append(ModelCheckpoint())
+    if options.fast_dev_run:
+        callbacks = [c for c in callbacks if not hasattr(c, "best_model_path") and type(c).__name__ != "EarlyStopping"]
+    return callbacks
+
+
+def _lend_log(sink: Sink, callbacks: list[Any]) -> None:
+    """``self.log`` and ``self.log_dict`` of the user's callbacks are the module's, but where a callback has its own."""
+    lent = {"log": sink.log, "log_dict": sink.log_dict}
+    for callback in callbacks:
+        if is_callback(callback) and not type(callback).__module__.startswith(OUR_CALLBACKS):
+            vars(callback).update({name: ours for name, ours in lent.items() if not hasattr(type(callback), name)})
 
 
 def _owner(call: Any) -> type:
@@ -105,6 +121,7 @@ def set_up(run: Run, fn: str, datamodule: Any) -> None:
     if hasattr(datamodule, "setup"):
         datamodule.setup(fn)
     run.fire("setup", fn)
+    run.trainable.call("configure_sharded_model")
     run.trainable.call("configure_model")
     place_module(run)
 
@@ -120,19 +137,15 @@ def place_module(run: Run) -> None:
 
 
 def prepare_training(run: Run, train: Any, val: Any, datamodule: Any, ckpt_path: Any) -> None:
-    """Loaders, optimizer and schedulers, checked; a checkpoint put back. Nothing has been compiled."""
+    """Loaders, optimizer and schedulers, checked; a checkpoint put back around on_fit_start. Nothing has been compiled."""
     facade, options = run.facade, run.options
-    open_loaders(run, train, val, datamodule)
     run.fire("on_pretrain_routine_start")
     saved = resume.find(run, ckpt_path) if ckpt_path is not None else None
     if saved is not None:
-        resume.load_module(run, saved)
+        resume.load_before_optimizers(run, saved)
+    open_loaders(run, train, val, datamodule)
     run.maker = make_maker(run)
     facade.write_checkpoint = lambda path, weights_only: resume.save(run, path, weights_only)
-    if saved is not None:
-        resume.load_training(run, saved)
-        if "loaders" in saved:
-            restore(run, saved["loaders"])
     if not options.epochs_were_set:
         warnings.warn(
             "neither max_epochs, max_steps nor max_time was given: training runs for 1000 epochs. Give max_epochs=n (-1: no limit).",
@@ -141,13 +154,20 @@ def prepare_training(run: Run, train: Any, val: Any, datamodule: Any, ckpt_path:
         )
     _log_hyperparams(run)
     run.fire("on_pretrain_routine_end")
+    run.fire("on_fit_start")  # it may add what was trained when the checkpoint was written
+    if saved is not None:
+        resume.load_training(run, saved)
+        if "loaders" in saved:
+            restore(run, saved["loaders"])
 
 
 def make_maker(run: Run) -> StepMaker:
     """``configure_optimizers``, checked, and what every rung of this run is made of."""
     trainable, options, facade = run.trainable, run.options, run.facade
     _check_form(run)
+    trainable.sink.hook = "configure_optimizers"
     parsed = parse_optimizers(trainable.configure_optimizers(), trainable.form)
+    trainable.sink.hook = ""
     for optimizer in parsed.optimizers:
         check_parameters(optimizer, trainable.module)
     run.schedulers = facade.lr_scheduler_configs = parsed.schedulers
@@ -232,9 +252,9 @@ def _check_writable(root: Path) -> None:
 
 def tear_down(run: Run, fn: str, datamodule: Any, status: str) -> None:
     """Hooks and loggers put away, after success and after failure."""
-    run.fire("teardown", fn)
     if hasattr(datamodule, "teardown") and not isinstance(datamodule, type):
         datamodule.teardown(fn)
+    run.fire("teardown", fn)
     for logger in run.facade.loggers:
         for name, arguments in (("save", ()), ("finalize", (status,))):
             if callable(getattr(logger, name, None)):

@@ -324,6 +324,14 @@ def test_options_count_the_batches_of_several_as_lightning_does(mode: str, optio
     assert ours.module.trainer.num_val_batches == theirs.module.trainer.num_val_batches
 
 
+@pytest.mark.parametrize("none", [[], {}, ()], ids=str)
+def test_no_validation_loaders_are_no_validation(none: Any) -> None:
+    """An empty list, dict or tuple; as in Lightning."""
+    ours, theirs = (fit(Case(m.Base, m.labelled, lambda: none, {"max_epochs": 1})) for fit in (fast_fit, lightning_fit))
+    assert_same_weights(ours.weights, theirs.weights)
+    assert ours.metrics.keys() == theirs.metrics.keys() == {"train_loss"}
+
+
 def test_one_loader_after_the_other_in_training() -> None:
     """[ours] "sequential" trains too: each batch is one loader's, an epoch is the sum."""
     ours = fast_fit(Case(Many, lambda: CombinedLoader([short(), long()], "sequential"), None, {"max_epochs": 2}))
@@ -451,7 +459,8 @@ def train(make: Callable[[], Any], saves: Saves, resume: Path | None = None, **o
     module = options.pop("module", Many)(p=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FasttrainWarning)
-        trainer = compile_fit(module, **BARE | {"max_epochs": 3, "capture": "eager", "callbacks": [saves]} | options)
+        saving = {"callbacks": [saves], "enable_checkpointing": True}
+        trainer = compile_fit(module, **BARE | {"max_epochs": 3, "capture": "eager"} | saving | options)
         torch.manual_seed(7 if resume is None else 99)
         fed = make()
         fed = {"datamodule": fed} if hasattr(fed, "train_dataloader") else {"train_dataloaders": fed}

@@ -155,6 +155,7 @@ def test_what_would_be_ignored_is_refused() -> None:
     refused(ModuleError, "training_step returns its own loss", m.Base(), loss=F.cross_entropy)
 
 
+@pytest.mark.filterwarnings("ignore:.*hooks of older names:fasttrain.FasttrainWarning")
 @pytest.mark.parametrize("capture", ["eager", "compile"])
 def test_the_older_training_hooks_run(capture: str) -> None:
     """``training_step_end`` makes the loss; ``training_epoch_end`` has every batch's output, before on_train_epoch_end."""

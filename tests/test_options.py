@@ -27,6 +27,15 @@ def test_every_option_is_lightnings_or_marked_ours() -> None:
     assert set(OptionsDict.__annotations__) - OURS <= set(THEIRS)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "default"), [("check_val_every_n_epoch", 0, 1), ("val_every_n_steps", 0, None), ("max_steps", -2, -1)]
+)
+def test_a_message_names_the_default(name: str, value: int, default: int | None) -> None:
+    """The one that Options has."""
+    with pytest.raises(OptionError, match=f"{name}: got {value}; .*The default is {default}."):
+        make_options({name: value})
+
+
 def test_no_retired_name_is_in_use() -> None:
     """A name is current or retired, never both, and retired ones are not Trainer's."""
     assert not set(RETIRED) & set(OptionsDict.__annotations__)

@@ -214,6 +214,7 @@ def test_attributes_are_gathered_over_the_epoch(capture: str) -> None:
             assert float(got.checkpoint_on) == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:.*hooks of older names:fasttrain.FasttrainWarning")
 def test_several_loaders_give_a_list_and_tests_gather_too() -> None:
     """A Result for each loader, in validation and in trainer.test()."""
     module = Gathers()

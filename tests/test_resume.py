@@ -107,7 +107,7 @@ class Ended:
 def train(road: str, p: float, *, saves: Saves | None = None, resume: Path | None = None, seed: int = 7, **options: Any) -> Ended:
     torch.manual_seed(0 if resume is None else 1)  # a resumed module starts from other weights: all must come from the checkpoint
     module = Net(p=p)
-    settings = BARE | {"max_epochs": 3, "capture": "eager", "val_check_interval": 4} | options
+    settings = BARE | {"max_epochs": 3, "capture": "eager", "val_check_interval": 4, "enable_checkpointing": saves is not None} | options
     settings["callbacks"] = [*([saves] if saves is not None else ()), *settings.get("callbacks", ())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FasttrainWarning)
@@ -267,7 +267,8 @@ def test_an_epoch_that_a_hook_ended_is_over_after_a_resume(tmp_path: Path) -> No
     def run(resume: Path | None, saves: Saves) -> list[tuple[int, int]]:
         seen.clear()
         torch.manual_seed(0)
-        trainer = compile_fit(Ends(p=0.0), **BARE | {"max_epochs": 3, "capture": "eager", "callbacks": [saves]})
+        options = {"max_epochs": 3, "capture": "eager", "callbacks": [saves], "enable_checkpointing": True}
+        trainer = compile_fit(Ends(p=0.0), **BARE | options)
         trainer.fit(m.labelled(), ckpt_path=resume)
         return list(seen)
 

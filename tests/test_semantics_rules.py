@@ -195,14 +195,12 @@ def test_older_hooks_come_at_their_old_place() -> None:
     assert got == [*start, *batch, *batch, *validation, "training_epoch_end", "epoch end", "on_epoch_end"]
 
 
-@pytest.mark.xfail(strict=True, reason="on_epoch_start is called after on_train_epoch_start, it used to come before")
 def test_the_older_start_of_an_epoch_comes_first() -> None:
     """As on_batch_start does."""
     got = old_fit()
     assert got.index("on_epoch_start") < got.index("on_train_epoch_start")
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is said")
 def test_an_older_hook_is_named_with_the_present_one() -> None:
     """One line for each."""
     with pytest.warns(FasttrainWarning, match="on_epoch_end.*on_train_epoch_end"):
@@ -624,7 +622,6 @@ def test_an_evaluation_alone_is_in_inference_mode(inference: bool) -> None:
     assert not module.still.training
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="during the sanity check nothing is in callback_metrics")
 def test_a_sanity_check_shows_its_metrics_to_its_own_hooks() -> None:
     """on_validation_epoch_end may read what validation_step logged, in the sanity check as in every other validation."""
 
@@ -987,7 +984,6 @@ def test_hooks_inside_the_step_log_as_the_step_does(hook: str, how: dict[str, An
     assert_same(ours, theirs)
 
 
-@pytest.mark.xfail(strict=True, reason="self.log is taken there without a word")
 @pytest.mark.parametrize(
     ("hook", "how"),
     [
@@ -1055,14 +1051,12 @@ def test_a_save_by_steps_says_of_which_step_its_value_is(tmp_path: Path) -> None
     assert stamps == {"epoch=0-step=4": 4, "epoch=0-step=6": 4, "epoch=0-step=9": 8}
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoints are written all the same, Lightning says that the two contradict each other")
 def test_checkpointing_that_is_off_and_a_callback_that_saves(tmp_path: Path) -> None:
     """An error before anything trains."""
     with pytest.raises(OptionError):
         fast_fit(Case(m.Base, options={"enable_checkpointing": False, "callbacks": [ModelCheckpoint(tmp_path)]}))
 
 
-@pytest.mark.xfail(strict=True, reason="a ModelCheckpoint is added beside it")
 def test_a_checkpoint_callback_of_ones_own_is_the_one(tmp_path: Path) -> None:
     """Nothing else saves where the user brought something that does."""
 
@@ -1119,7 +1113,6 @@ def test_lightnings_callbacks_do_what_they_do_there(name: str) -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="they reach for parts of Lightning's trainer that are not there")
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_lightnings_callbacks_that_reach_into_the_trainer(name: str) -> None:
     """They work, or are refused with a sentence before anything trains."""

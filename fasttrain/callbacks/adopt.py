@@ -14,21 +14,41 @@ from fasttrain.callbacks.model_checkpoint import ModelCheckpoint
 from fasttrain.callbacks.timer import Timer
 from fasttrain.callbacks.top_k import Kept
 from fasttrain.callbacks.trainer_view import TrainerView
-from fasttrain.errors import FasttrainWarning
+from fasttrain.errors import FasttrainWarning, OptionError, reject
 
 _HOMES = ("lightning.pytorch.callbacks.", "pytorch_lightning.callbacks.")
 _DRAWN_BY_US = ("ProgressBar", "ModelSummary")
+_INSTEAD = {  # of those that work on Lightning's own trainer from within
+    "StochasticWeightAveraging": "Give WeightAveraging() or EMAWeightAveraging() of the same package, which work here.",
+    "GradientAccumulationScheduler": "Give compile_fit(..., accumulate_grad_batches={scheduling}).",
+    "LearningRateFinder": "Find the rate with Lightning's Tuner, or with a few fits of max_steps=100, and give it to the optimizer.",
+    "BatchSizeFinder": "Find the size with Lightning's Tuner, or with a few fits of max_steps=3, and give it to the DataLoader.",
+    "ThroughputMonitor": "The batches and seconds of a fit are in its result's ledger; while it runs the progress bar shows the pace.",
+    "DeviceStatsMonitor": "Log torch.cuda.memory_stats() in on_train_batch_end of a callback of your own.",
+    "OnExceptionCheckpoint": "Give ModelCheckpoint(dirpath, save_on_exception=True).",
+    "BasePredictionWriter": "Write in on_predict_batch_end(trainer, module, outputs, batch, batch_idx) of a plain callback, "
+    "or keep what predict() returns.",
+    "SpikeDetection": "Look at the loss in on_train_batch_end of a callback of your own; nonfinite='skip' leaves bad steps out.",
+}
 
 
 def adopt(callback: object) -> object | None:
     """Our equivalent of a Lightning callback, None for its progress bars and summaries, else the object as it is.
 
     Subclasses of ModelCheckpoint, EarlyStopping, LearningRateMonitor and Timer are the user's own code: as they are.
+
+    Raises:
+        OptionError: a Lightning callback, or one derived from it, that works on parts of Lightning's trainer alone.
     """
     for cls in type(callback).__mro__:
         if cls.__module__.startswith(_HOMES) and cls.__name__ in _DRAWN_BY_US:
             _mention_own_drawing(callback)
             return None
+        if cls.__module__.startswith(_HOMES) and cls.__name__ in _INSTEAD:
+            then = _INSTEAD[cls.__name__].replace("{scheduling}", str(getattr(callback, "scheduling", {})))
+            wanted = "a callback that works through its hooks, the module and the optimizer"
+            came = f"a {type(callback).__name__}, which works on Lightning's trainer from within"
+            raise OptionError(reject("callbacks", came, wanted, then))
     if not type(callback).__module__.startswith(_HOMES):
         return callback
     take = {

@@ -57,13 +57,19 @@ def _descends_from(callback: object, name: str) -> bool:
     return any(cls.__name__ == name and cls.__module__.split(".")[0] in _PEERS for cls in type(callback).__mro__)
 
 
-def _is_checkpoint(callback: object) -> bool:
-    return isinstance(callback, Checkpoint) or _descends_from(callback, "Checkpoint")
+def is_callback(callback: object) -> bool:
+    """Is it a Callback, ours or Lightning's, and not just any object with such methods?"""
+    return any(_is_blank(cls) for cls in type(callback).__mro__)
+
+
+def is_checkpoint(callback: object) -> bool:
+    """Does it write checkpoints: a Checkpoint of ours or Lightning's, or an object with the best one's path?"""
+    return isinstance(callback, Checkpoint) or _descends_from(callback, "Checkpoint") or hasattr(callback, "best_model_path")
 
 
 def _is_monitoring(callback: object) -> bool:
     """Runs at the end of an epoch after the module's own hook: early stopping and checkpoints."""
-    return _is_checkpoint(callback) or isinstance(callback, EarlyStopping) or _descends_from(callback, "EarlyStopping")
+    return is_checkpoint(callback) or isinstance(callback, EarlyStopping) or _descends_from(callback, "EarlyStopping")
 
 
 def _state_key(callback: object) -> str:
@@ -83,7 +89,7 @@ class CallbackList:
     """
 
     def __init__(self, callbacks: Iterable[object] = ()) -> None:
-        self._callbacks = tuple(sorted(callbacks, key=_is_checkpoint))
+        self._callbacks = tuple(sorted(callbacks, key=is_checkpoint))
         live = [(callback, live_hooks(callback)) for callback in self._callbacks]
         for callback, hooks in live:
             _check_is_callback(callback, hooks)
@@ -134,13 +140,12 @@ class CallbackList:
 def _check_is_callback(callback: object, hooks: frozenset[str]) -> None:
     if isinstance(callback, type):
         raise OptionError(reject("callbacks", f"the class {callback.__name__}", "an instance", "Call it first."))
-    known = any(_is_blank(cls) for cls in type(callback).__mro__)
     old = [name for name in _RENAMED if _RENAMED[name] not in hooks and callable(getattr(type(callback), name, None))]
     if old:
         now = ", ".join(f"{name} is now {_RENAMED[name]}" for name in old)
         message = f"{type(callback).__name__} has hooks that are no longer called: {now}. Rename them."
         warnings.warn(message, FasttrainWarning, stacklevel=4)
-    elif not hooks and not known:
+    elif not hooks and not is_callback(callback):
         then = "Subclass fasttrain.Callback or give it a method such as on_train_epoch_end(trainer, module)."
         raise OptionError(reject("callbacks", f"a {type(callback).__name__}", "an object with at least one hook", then))
 

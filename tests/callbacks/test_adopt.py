@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 
+from fasttrain import JsonlLogger, compile_fit
 from fasttrain.callbacks import (
     Callback,
     CallbackList,
@@ -20,7 +23,8 @@ from fasttrain.callbacks import (
     Timer,
     adopt,
 )
-from fasttrain.errors import FasttrainWarning
+from fasttrain.errors import FasttrainWarning, OptionError
+from tests.parity import modules as m
 
 CHECKPOINTS: list[dict[str, Any]] = [
     {},
@@ -115,6 +119,67 @@ def test_everything_else_is_returned_as_it_is() -> None:
 
     for callback in (Callback(), MyCheckpoint(), pl.callbacks.LambdaCallback(), ModelCheckpoint(), object()):
         assert adopt(callback) is callback
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "StochasticWeightAveraging": (lambda: pl.callbacks.StochasticWeightAveraging(1e-2), "WeightAveraging"),
+    "GradientAccumulationScheduler": (
+        lambda: pl.callbacks.GradientAccumulationScheduler({2: 4}),
+        r"accumulate_grad_batches=\{2: 4, 0: 1\}",
+    ),
+    "LearningRateFinder": (pl.callbacks.LearningRateFinder, "Tuner"),
+    "BatchSizeFinder": (pl.callbacks.BatchSizeFinder, "Tuner"),
+    "ThroughputMonitor": (lambda: pl.callbacks.ThroughputMonitor(len), "ledger"),
+    "DeviceStatsMonitor": (pl.callbacks.DeviceStatsMonitor, "memory_stats"),
+    "OnExceptionCheckpoint": (lambda: pl.callbacks.OnExceptionCheckpoint("x"), "save_on_exception=True"),
+    "Writes": (lambda: type("Writes", (pl.callbacks.BasePredictionWriter,), {})("batch"), "on_predict_batch_end"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_works_on_lightnings_trainer_alone_is_refused(name: str) -> None:
+    """Before anything runs, with what to write instead; also what is derived from it."""
+    make, instead = REFUSED[name]
+    with pytest.raises(OptionError, match=f"callbacks: got a {name}.*{instead}"):
+        adopt(make())
+
+
+THROUGH_HOOKS: dict[str, Callable[[], Any]] = {
+    "BackboneFinetuning": lambda: pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
+    "LambdaCallback": lambda: pl.callbacks.LambdaCallback(on_validation_batch_end=lambda trainer, module, outputs, batch, batch_idx: None),
+    "LearningRateMonitor": pl.callbacks.LearningRateMonitor,
+    "ModelPruning": lambda: pl.callbacks.ModelPruning("l1_unstructured", amount=0.3),
+    "ModelSummary": pl.callbacks.ModelSummary,
+    "RichModelSummary": pl.callbacks.RichModelSummary,
+    "RichProgressBar": pl.callbacks.RichProgressBar,
+    "TQDMProgressBar": pl.callbacks.TQDMProgressBar,
+    "Timer": lambda: pl.callbacks.Timer("00:01:00:00"),
+    "WeightAveraging": pl.callbacks.WeightAveraging,
+}
+
+
+@pytest.mark.parametrize("name", THROUGH_HOOKS)
+def test_what_works_through_hooks_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fit with validation, then a validation and a prediction."""
+
+    class Backed(m.Base):
+        def build(self) -> None:
+            super().build()
+            self.backbone = self.net[0]
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch[0])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    options: dict[str, Any] = {"logger": JsonlLogger(tmp_path), "default_root_dir": tmp_path, "enable_checkpointing": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = compile_fit(Backed(), max_epochs=2, capture="eager", accelerator="cpu", callbacks=[THROUGH_HOOKS[name]()], **options)
+        assert trainer.fit(m.labelled(), m.labelled()).epochs == 2
+        trainer.validate(m.labelled())
+        trainer.predict(m.labelled())
 
 
 def test_a_hook_with_nothing_to_do_is_not_called() -> None:
