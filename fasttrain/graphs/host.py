@@ -68,7 +68,6 @@ class Host:
         self.order = torch.zeros((), device=spec.device)
         self.moved = [0] * len(optimizers)
         self.refused = False
-        self.looks = False  # the compiler may hand copies of the weights over: looked at whenever the guards were
         self._bad: list[Tensor | None] = [None] * len(optimizers)
         self._last, self._rescale = True, 1.0
         self.bind()
@@ -82,7 +81,6 @@ class Host:
         self.places = [[place[id(p)] for p in ps] for ps in self.params]
         self._kept: list[Tensor | None] = [before.get(id(p)) for p in self.leaves]
         self._buffers: list[Tensor | None] = [None] * len(self.leaves)
-        self._copied = [False] * len(self.params)
         self.tails: list[Tail] = [
             make_tail(o, ps, self._options, self._scaler, self._norms) for o, ps in zip(self._optimizers, self.params, strict=True)
         ]
@@ -174,14 +172,21 @@ class Host:
 
     # -- how ----------------------------------------------------------------------------------------------------
     def _update(self, index: int, grads: Sequence[Tensor | None], loss: Tensor | None, params: Sequence[Tensor] = ()) -> None:
+        """The tail writes the optimizer's own parameters. Where the compiler hands copies over - it still wants the old
+        weights - the new ones go into the copies, and it puts them where they belong."""
+        apart: list[tuple[Tensor, nn.Parameter]] = []
+        if params and tuple(map(Tensor.data_ptr, params)) != tuple(map(Tensor.data_ptr, self.params[index])):
+            apart = [(a, b) for a, b in zip(params, self.params[index], strict=True) if a.data_ptr() != b.data_ptr()]
+        old = [p.detach().clone() for _, p in apart]
+        if apart:
+            torch._foreach_copy_([p for _, p in apart], [a for a, _ in apart])
         if self.tails[index].step(grads, self._rescale, loss):
             self.moved[index] += 1
         else:
             self.refused = True
-        if self.looks and params:
-            self._copied[index] = any(a.data_ptr() != b.data_ptr() for a, b in zip(params, self.params[index], strict=True))
-        if self._copied[index]:
-            torch._foreach_copy_(list(params), list(self.params[index]))
+        if apart:
+            torch._foreach_copy_([a for a, _ in apart], [p for _, p in apart])
+            torch._foreach_copy_([p for _, p in apart], old)
 
     def _keep(self, places: Sequence[int], grads: Sequence[Tensor | None]) -> None:
         """A graph's gradients are gone with its next kernel: they are added into, or copied to, memory of our own."""

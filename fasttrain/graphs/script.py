@@ -80,12 +80,10 @@ class ScriptStep:
         try:
             out = call.plan(batch) if call.plan is not None and not call.dirty else None
             if out is None:
-                host.looks = True
                 out = call.guarded(batch, batch_idx)
             if last and self._verbs is None and host.open():
                 host.close()
         finally:
-            host.looks = False
             host.end()
             if self._verbs is not None:
                 self._verbs.in_graph = False
