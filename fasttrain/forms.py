@@ -11,6 +11,7 @@ from fasttrain.errors import ModuleError, reject
 Form = Literal["single", "indexed", "generator", "manual"]
 OPTIMIZER_IDX = ("optimizer_idx", "opt_idx", "optimizer_i")
 HIDDENS = ("hiddens", "hidden")
+BATCH_IDX = ("batch_idx", "batch_nb", "batch_id")
 DATALOADER_IDX = ("dataloader_idx", "dataloader_i")
 
 
@@ -71,7 +72,7 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
             "training_step takes 'hiddens', but truncated_bptt_steps is not set: set self.truncated_bptt_steps = n in the module's "
             "__init__ (time steps in a split), or leave hiddens out."
         )
-    kinds = [0] if names[1:] == ["*"] else [k for i, n in enumerate(names[1:]) if (k := _kind(n)) or i == 0]
+    kinds = [0] if names[1:] == ["*"] else [_kind(n) for i, n in enumerate(names[1:]) if i == 0 or _kind(n) or n in BATCH_IDX]
     if not carries and kinds in ([], [0], [1], [0, 1]):  # the plain forms, without a detour: these are traced as they are
         if not kinds:
             return lambda batch, batch_idx, optimizer_idx: method(batch)

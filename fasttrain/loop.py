@@ -216,17 +216,18 @@ def _update(run: Run, step: Step, divisor: int, batch_idx: int, by_step: list[An
     progress = run.facade.progress
     stepped = step.update_step(1.0 if progress.window_open == divisor else divisor / progress.window_open)
     progress.window_open = 0
+    several = len(step.moved) > 1
+    if several and any(step.moved):  # a refused update holds nobody else's schedule back
+        moved_schedulers(run, by_step, step.moved)
     if stepped >= 0:
         progress.global_step += stepped
-        if len(step.moved) > 1:
-            moved_schedulers(run, by_step, step.moved)
-        elif by_step and stepped:
+        if by_step and stepped and not several:
             for done in range(progress.global_step - stepped + 1, progress.global_step + 1):
                 step_schedulers(run, by_step, done)
     elif run.options.nonfinite == "raise" and run.maker is not None and run.maker.scaler is None:
         loss = run.display.recent[-1]
-        several = "The weights of the refused optimizer are as they were before this step; turns before it have been taken. "
-        kept = "The weights are as they were before this step. " if len(step.moved) == 1 else several
+        others = "The weights of the refused optimizer are as they were before this step; turns before it have been taken. "
+        kept = "The weights are as they were before this step. " if not several else others
         raise NonFiniteError(
             f"step {progress.global_step} (epoch {progress.epoch}, batch {batch_idx}): the loss or a gradient is not finite "
             f"(loss {float('nan') if loss is None else float(loss)}). {kept}"

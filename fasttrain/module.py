@@ -16,92 +16,11 @@ from torch.utils._pytree import tree_map_only
 from fasttrain.entries import check_entry
 from fasttrain.errors import ModuleError, reject
 from fasttrain.forms import Form, ended_by, eval_adapter, form_of, named, split_length, train_adapter
+from fasttrain.hook_names import MODULE_HOOKS, OLDER_ARGUMENTS
 from fasttrain.results import LogKey, reduce_named
 from fasttrain.step_result import TrainResult
 
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
-IN_STEP_HOOKS = (
-    "on_before_zero_grad",
-    "on_before_backward",
-    "backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "configure_gradient_clipping",
-    "optimizer_step",
-    "optimizer_zero_grad",
-)
-MODULE_HOOKS = (
-    "configure_callbacks",
-    "prepare_data",
-    "setup",
-    "teardown",
-    "configure_model",
-    "configure_sharded_model",
-    "on_load_checkpoint",
-    "on_save_checkpoint",
-    "on_fit_start",
-    "on_fit_end",
-    "on_train_start",
-    "on_train_end",
-    "on_train_epoch_start",
-    "on_train_epoch_end",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_validation_start",
-    "on_validation_end",
-    "on_validation_epoch_start",
-    "on_validation_epoch_end",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-    "on_validation_model_zero_grad",
-    "on_validation_model_eval",
-    "on_validation_model_train",
-    "on_test_model_eval",
-    "on_test_model_train",
-    "on_predict_model_eval",
-    "on_test_start",
-    "on_test_end",
-    "on_test_epoch_start",
-    "on_test_epoch_end",
-    "on_test_batch_start",
-    "on_test_batch_end",
-    "on_predict_start",
-    "on_predict_end",
-    "on_predict_epoch_start",
-    "on_predict_epoch_end",
-    "on_predict_batch_start",
-    "on_predict_batch_end",
-    "on_before_batch_transfer",
-    "transfer_batch_to_device",
-    "on_after_batch_transfer",
-    "lr_scheduler_step",
-    "train_dataloader",
-    "val_dataloader",
-    "test_dataloader",
-    "predict_dataloader",
-    "on_sanity_check_start",
-    "on_sanity_check_end",
-    "on_exception",
-    *IN_STEP_HOOKS,
-    # older names, honoured at their old place
-    "on_batch_start",
-    "on_batch_end",
-    "on_epoch_start",
-    "on_epoch_end",
-    "on_pretrain_routine_start",
-    "on_pretrain_routine_end",
-    "training_step_end",
-    "validation_step_end",
-    "test_step_end",
-    "training_epoch_end",
-    "validation_epoch_end",
-    "test_epoch_end",
-)
-OLDER_ARGUMENTS = {
-    "on_batch_start": 3, "on_batch_end": 0, "on_epoch_start": 0, "on_epoch_end": 0, "on_pretrain_routine_start": 0,
-    "on_pretrain_routine_end": 0, "training_step_end": 1, "validation_step_end": 1, "test_step_end": 1, "training_epoch_end": 1,
-    "validation_epoch_end": 1, "test_epoch_end": 1,
-}  # fmt: skip
 STAGE_STEPS = {"train": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 

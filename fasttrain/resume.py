@@ -44,7 +44,7 @@ def _training_state(run: Run) -> dict[str, Any]:
     return {
         "progress": saved,
         "optimizer_states": [o.state_dict() for o in maker.optimizers],
-        "lr_schedulers": [c.scheduler.state_dict() for c in run.schedulers],
+        "lr_schedulers": [c.scheduler.state_dict() for c in run.facade.lr_scheduler_configs],
         "scaler": maker.scaler.state_dict() if maker.scaler else None,
         "callbacks": run.callbacks.state_dict(),
         "rng": rng_state() | (run.train.streams() if run.train is not None else {}),
@@ -158,9 +158,10 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
     """The rest: optimizer, schedulers, scaler, counters; streams and position wait for the epoch."""
     facade, maker = run.facade, run.maker
     assert maker is not None
-    if len(saved["lr_schedulers"]) != len(run.schedulers):
+    if len(saved["lr_schedulers"]) != len(run.facade.lr_scheduler_configs):
         raise CheckpointError(
-            f"the checkpoint has {len(saved['lr_schedulers'])} schedulers and configure_optimizers returned {len(run.schedulers)}. "
+            f"the checkpoint has {len(saved['lr_schedulers'])} schedulers and configure_optimizers returned "
+            f"{len(run.facade.lr_scheduler_configs)}. "
             "Return the same ones."
         )
     if len(saved["optimizer_states"]) != len(maker.optimizers):
@@ -175,7 +176,7 @@ def load_training(run: Run, saved: dict[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint's optimizer does not fit this one: {error}. Return the same optimizer and groups."
         ) from error
-    for config, state in zip(run.schedulers, saved["lr_schedulers"], strict=True):
+    for config, state in zip(run.facade.lr_scheduler_configs, saved["lr_schedulers"], strict=True):
         config.scheduler.load_state_dict(state)
     if maker.scaler is not None and saved["scaler"] is not None:
         maker.scaler.load_state_dict(saved["scaler"])

@@ -25,9 +25,10 @@ from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
 from fasttrain.graphs.program import TRUE_DTYPES, StepSpec
 from fasttrain.graphs.tail import GradientNorms, LossScale
+from fasttrain.hook_names import IN_STEP_HOOKS
 from fasttrain.loaders import open_loaders, restore
 from fasttrain.loggers.choice import make_loggers
-from fasttrain.module import IN_STEP_HOOKS, Sink, Trainable
+from fasttrain.module import Sink, Trainable
 from fasttrain.options import Options
 from fasttrain.progress import make_progress
 from fasttrain.results import Ledger, LogKey
@@ -204,6 +205,10 @@ def _gradient_norms(run: Run, hooks: InStepHooks, norm_type: float) -> GradientN
 def _check_form(run: Run) -> None:
     """What a manual step does by itself must not be asked of the loop too."""
     options, name = run.options, type(run.trainable.module).__name__
+    unheard = sorted({"optimizer_step", "backward"} & run.trainable.hooks)
+    if run.trainable.form == "generator" and unheard:
+        raise ModuleError(f"{unheard[0]}: {name} overrides it, and its optimizers take their turns at a generator's yields, which do not "
+                          "call it. Take optimizer_idx instead of yielding, or leave the hook out.")  # fmt: skip
     if run.trainable.form != "manual":
         return
     if max(options.accumulate_grad_batches.values()) > 1:

@@ -18,13 +18,13 @@ from fasttrain.graphs import decisions
 from fasttrain.graphs.contract import copied, describe
 from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
-from fasttrain.graphs.look import first_part, look
+from fasttrain.graphs.look import first_part, look, toggles_are_local
 from fasttrain.graphs.maker import StepMaker, cut_functions, tried
 from fasttrain.graphs.program import forward
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
 from fasttrain.graphs.verify import verified
-from fasttrain.module import IN_STEP_HOOKS
+from fasttrain.hook_names import IN_STEP_HOOKS
 from fasttrain.options import Options
 from fasttrain.results import Build, CaptureReport, Obstacle
 
@@ -144,6 +144,9 @@ def _traced(
     step = maker.captured(build, graph=graph)
     maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
     error = _try(maker, step, batch, runs=4)
+    with maker.trial():
+        if error is None and not toggles_are_local(maker, batch):
+            error = CaptureError("what is computed under one toggle_optimizer is used under another, or outside it")
     if error is None and any(g.layout is not torch.strided for g in step.gradients().values()):
         error = CaptureError("a sparse gradient: the captured update takes dense ones")
     if error is not None:

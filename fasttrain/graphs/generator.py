@@ -70,8 +70,12 @@ class GeneratorStep:
 
     def update_step(self, rescale: float) -> int:
         if not any(self.moved) and self._result == 0 and any(b is not None for b in self._bad):  # a stop closes the window
+            if self._scaler is not None:
+                self._scaler.gather()
             for i in range(len(self._optimizers)):
                 self._update(i, rescale)
+            if self._scaler is not None:
+                self._scaler.settle()
         return self._result or max(self.moved)
 
     def refresh(self) -> None:

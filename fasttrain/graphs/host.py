@@ -143,15 +143,18 @@ class Host:
     @torch.no_grad()
     def add(self, which: int, order: Tensor, grads: Sequence[Tensor | None], loss: Tensor) -> None:
         """``manual_backward``: gradients of the leaves of optimizer ``which`` (-1: of all) are added to what is there."""
+        for i, bad in enumerate(self._bad):
+            if bad is not None and all(self._kept[j] is None for j in self.places[i]):  # the losses of gradients that are gone
+                bad = None
+            self._bad[i] = loss.clone() if bad is None else bad + loss
         self._keep(range(len(self.leaves)) if which < 0 else self.places[which], grads)
-        bad = self._bad[0]
-        self._bad = [loss.clone() if bad is None else bad + loss] * len(self.params)
 
     @torch.no_grad()
     def step(self, index: int, order: Tensor, params: Sequence[Tensor]) -> None:
         self._update(index, [self._kept[j] for j in self.places[index]], self._bad[index], params)
 
     def zero(self, index: int, order: Tensor) -> None:
+        self._bad[index] = None
         for j in self.places[index]:
             self._kept[j] = None
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fasttrain.errors import ModuleError, reject
 from fasttrain.forms import Carried
+from fasttrain.graphs.contract import copied
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.maker import StepMaker
+from fasttrain.graphs.manual import ManualStep
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
 from fasttrain.graphs.splits import split_along_time
+from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable, hiddens_of
 
 
@@ -21,8 +28,10 @@ def look(maker: StepMaker, batch: Any) -> None:
     elif maker.trainable.split_length:
         _splits(maker, batch)
     else:
+        turns = maker.eager()
         for i in range(len(maker.optimizers)):
-            _forward(maker, batch, i)
+            with turns.toggled(i) if isinstance(turns, Turns) else nullcontext():
+                _forward(maker, batch, i)
 
 
 def _forward(maker: StepMaker, batch: Any, i: int) -> Any:
@@ -41,6 +50,27 @@ def _splits(maker: StepMaker, batch: Any) -> None:
             came = f"{len(parts)} splits and no hiddens in what training_step returned"
             raise ModuleError(reject("hiddens", came, "{'loss': loss, 'hiddens': state} (or a TrainResult with hiddens)",
                                      "Return the state the next split starts from."))  # fmt: skip
+
+
+def toggles_are_local(maker: StepMaker, batch: Any) -> bool:
+    """Does toggle_optimizer only choose whose gradients are taken, on this batch? Then a capture, which does just that, is
+    right; a module that uses under one toggle what it computed under another is not. The caller puts everything back."""
+    if maker.trainable.form != "manual":
+        return True
+    weights: list[list[Tensor]] = []
+    for gently in (False, True):
+        before, step = maker.snapshot(), maker.eager()
+        assert isinstance(step, ManualStep)
+        step.gently = gently
+        out = step.micro_step(copied(batch), 0, first=True, last=True, divisor=1)
+        told = [v.detach().clone() for v in (out.loss, *out.values) if isinstance(v, Tensor)]
+        weights.append([*told, *(p.detach().clone() for p in maker.parameters())])
+        before.restore()
+        if not step.toggles:
+            return True
+    return len(weights[0]) == len(weights[1]) and all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-7, equal_nan=True) for a, b in zip(*weights, strict=False)
+    )
 
 
 def first_part(trainable: Trainable, batch: Any) -> Any:

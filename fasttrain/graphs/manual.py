@@ -88,10 +88,20 @@ class ManualScheduler:
         self._verbs, self._index, self.scheduler = verbs, index, scheduler
 
     def step(self, *args: Any) -> None:
-        self._verbs.carrier().move(self._index, args)
+        if self._verbs.in_graph:
+            self._verbs.carrier().move(self._index, args)
+        else:
+            self.scheduler.step(*args)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.scheduler, name)
+        return getattr(self.__dict__["scheduler"], name)
 
 
 def _passing(base: type, verbs: Verbs, index: int, real: Any) -> Any:
@@ -151,6 +161,13 @@ class Verbs:
 
     def clip_gradients(self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:
         """Clip this optimizer's gradients by "norm" (default) or "value"."""
+        if self.acts is None:  # in a hook of automatic optimization
+            params = [p for g in optimizer.param_groups for p in g["params"]]
+            if gradient_clip_val and gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(params, gradient_clip_val)
+            elif gradient_clip_val:
+                torch.nn.utils.clip_grad_norm_(params, gradient_clip_val)
+            return
         self.carrier().clip(self._index_of(optimizer), gradient_clip_val, gradient_clip_algorithm or "norm")
 
     def carrier(self) -> Acts:
@@ -183,17 +200,22 @@ class ManualStep:
         self._trainable, self._spec, self._scaler, self._verbs, self._hooks = trainable, spec, scaler, verbs, hooks
         self._optimizers, self._schedulers = optimizers, schedulers
         self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks, spec.norms) for i, o in enumerate(optimizers)]
+        for tail in self._tails:
+            tail.clip = None  # the module clips by itself
         self.epoch = self.opened = 0
         self.moved = [0] * len(optimizers)
-        self._bad: Tensor | None = None
+        self._bad: list[Tensor | None] = [None] * len(optimizers)  # the losses behind the gradients each optimizer holds
         self._last: Tensor | None = None
         self._refused = False
         self._unscaled: set[int] = set()
+        self.gently = False  # a toggle chooses whose gradients are taken, and switches nothing off: what a capture does
+        self.toggles = False
+        self._toggled: int | None = None
         self._switched: list[tuple[Tensor, bool]] = []
         self._keys: tuple[LogKey, ...] = ()
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
-        self.moved, self._bad, self._last, self._refused = [0] * len(self._optimizers), None, None, False
+        self.moved, self._last, self._refused = [0] * len(self._optimizers), None, False
         self._verbs.acts = self
         if self._scaler is not None:
             self._scaler.gather()
@@ -226,11 +248,16 @@ class ManualStep:
     # -- the verbs ----------------------------------------------------------------------------------------------
     def backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._last = plain = loss.detach()
-        self._bad = plain if self._bad is None else self._bad + plain
+        for i, optimizer in enumerate(self._optimizers):
+            held = any(p.grad is not None for g in optimizer.param_groups for p in g["params"])
+            bad = self._bad[i] if held else None
+            self._bad[i] = plain if bad is None else bad + plain
         if self._scaler is not None:
             loss = loss * self._scaler.tensor
         self._hooks.fire("on_before_backward", loss)
-        if self._hooks.owned("backward"):
+        if self.gently:
+            self._into_leaves(loss)
+        elif self._hooks.owned("backward"):
             self._hooks.call("backward", loss=loss)
         else:
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -245,7 +272,7 @@ class ManualStep:
                 result = closure()
         unscaled = 1.0 if self._scaler is None or index not in self._unscaled else self._scaler.value
         self._unscaled.discard(index)
-        if self._tails[index].step(None, unscaled, self._bad):
+        if self._tails[index].step(None, unscaled, self._bad[index]):
             self.moved[index] += 1
         else:
             self._refused = True
@@ -253,6 +280,7 @@ class ManualStep:
 
     def zero_grad(self, index: int, set_to_none: bool) -> None:
         self._unscaled.discard(index)
+        self._bad[index] = None
         self._optimizers[index].zero_grad(set_to_none=set_to_none)
 
     def clip(self, index: int, value: float | None, algorithm: str) -> None:
@@ -265,7 +293,17 @@ class ManualStep:
         elif value:
             torch.nn.utils.clip_grad_norm_(params, value)
 
+    def _into_leaves(self, loss: Tensor) -> None:
+        chosen = self._optimizers if self._toggled is None else [self._optimizers[self._toggled]]
+        leaves = list({id(p): p for o in chosen for p in trainable_params(o)}.values())
+        for p, g in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True), strict=True):
+            if g is not None:
+                p.grad = g.clone() if p.grad is None else p.grad + g
+
     def toggle(self, index: int | None) -> None:
+        self._toggled, self.toggles = index, self.toggles or index is not None
+        if self.gently:
+            return
         for p, before in self._switched:
             p.requires_grad_(before)
         self._switched = []
@@ -282,7 +320,7 @@ class ManualStep:
     def _step_by_closure(self, index: int, closure: Callable[[], Any] | None) -> Any:
         def prepared() -> Any:
             result = None if closure is None else closure()
-            if not self._tails[index].prepare(1.0, self._bad):
+            if not self._tails[index].prepare(1.0, self._bad[index]):
                 self._refused = True
                 self._optimizers[index].zero_grad(set_to_none=True)
             return result

@@ -99,13 +99,15 @@ class PiecedStep(HookedStep):
                 call.bind(make_micro_step(self._trainable, self._spec, self.params, self._index))
             call.forget_moved()
         out = call.plan(batch) if call.plan is not None and not call.dirty else None
+        already = False  # autograd itself has called the parameters' hooks
         if out is None:
             out = call.guarded(batch, batch_idx)
+            already = call.op_by_op
         if first:
             self._zero_grad(batch_idx)
         if out.loss is not None:
             self._note_loss(out.loss, first)
-            _accumulate(self.params, list(apart(out.grads or ())), told=not self._hooks.muted)
+            _accumulate(self.params, list(apart(out.grads or ())), told=not self._hooks.muted, already=already)
             self._hooks.fire("on_after_backward")
         return out._replace(grads=None)
 
@@ -131,12 +133,12 @@ class CutStep(HookedStep):
         return super().update_step(rescale)
 
 
-def _accumulate(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], *, told: bool) -> None:
+def _accumulate(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], *, told: bool, already: bool) -> None:
     """What autograd does at its leaves: hooks on the parameter, then into ``p.grad``, then the hooks behind."""
     for p, g in zip(params, grads, strict=True):
         if g is None:
             continue
-        for hook in (p._backward_hooks or {}).values() if told else ():
+        for hook in (p._backward_hooks or {}).values() if told and not already else ():
             changed = hook(g)
             g = g if changed is None else changed
         if p.grad is None:

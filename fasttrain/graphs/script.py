@@ -184,7 +184,7 @@ def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Cal
             losses.append(plain)
         with spec.autocast():
             for _ in generator:
-                pass
+                raise CaptureError("a yield more than there are optimizers")
         items = sink.items
         sink.items = None
         return Raw(mean_of(losses), (), items, detached(outputs) if keep else None)

@@ -37,7 +37,11 @@ _NUMBERS = itertools.count()
 class Trace:
     """One ``torch.compile`` of a step, and what its last guarded call really ran."""
 
-    def __init__(self, function: Callable[..., Raw], own: tuple[object, ...], spec: StepSpec, *, dynamic: bool, build: Build) -> None:
+    def __init__(
+        self, function: Callable[..., Raw], own: tuple[object, ...], spec: StepSpec, *, dynamic: bool, build: Build,
+        updates: bool = False,
+    ) -> None:  # fmt: skip
+        self._updates = updates  # are optimizers moved inside the function?
         self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
         self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
@@ -58,7 +62,7 @@ class Trace:
         from torch._inductor.compile_fx import compile_fx
 
         entry = _Entry()
-        entry.inspect(self._own)
+        entry.inspect(self._own, self._updates)
         _refuse_frozen_floats(graph)
         self.count += 1
         entry.run = entry.compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
@@ -146,7 +150,7 @@ class _Entry:
         self.why_not = ""
         self.unvalidated = False  # checks of arguments' values were left out of it
 
-    def inspect(self, own: tuple[object, ...]) -> None:
+    def inspect(self, own: tuple[object, ...], updates: bool) -> None:
         """Called while Dynamo traces. Pure: no Python side effect but on ``own``, no guard on what changes every step."""
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -160,6 +164,10 @@ class _Entry:
         if any(type(v).__name__ == "RandomVariable" for v in foreign):
             raise CaptureError("a random.Random of the module's own draws inside the step: the tracer would freeze its numbers.")
         guards = {_name(g) for g in output.guards}
+        if any(n.endswith(".grad") and not n.endswith("autograd.grad") for n in guards):
+            raise CaptureError("the step looks at the .grad of a parameter, which a captured step does not fill")
+        if updates and any("param_groups" in _place(v) for v in foreign):
+            raise CaptureError("the step writes param_groups and moves the optimizer: the graph would do it the other way round")
         self.unvalidated = any("distributions" in g for g in guards)
         varying = [n for n in guards if n.rstrip("']").endswith(VARYING) or ".progress." in n]
         if foreign:
@@ -193,6 +201,12 @@ def _as_it_was(effects: Any, variable: Any) -> bool:
         )
     except Exception:  # a variable that will not say what it is
         return False
+
+
+def _place(variable: Any) -> str:
+    """Where Dynamo found an object, as it would write it."""
+    source = getattr(variable, "source", None)
+    return "" if source is None else _name(source)
 
 
 def _from_outside(number: torch.fx.Node) -> bool:

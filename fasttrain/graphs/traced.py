@@ -43,6 +43,7 @@ class TracedCall:
         self.why_guarded = ""
         self.failed = self._unvalidated = False
         self._unlooked = 0
+        self.op_by_op = False  # was the last call nobody's trace?
         self.guarded_calls = 0  # whose guards were evaluated
         self._ran = False
         self._traces: dict[Any, Trace] = {}  # by the batch's structure, and True for the one of changing sizes
@@ -87,10 +88,11 @@ class TracedCall:
         elif key in self._clean and (known := self._plans.get(key)) is not None and known is not self.plan:
             out = known(batch)
             if out is not None:
-                self.plan = known
+                self.plan, self.op_by_op = known, False
                 return out
         self._seen[key] += 1
         self.guarded_calls += 1
+        self.op_by_op = False
         if self._look_due():
             looked = self.untraced(batch, batch_idx)
             return StepOutput(looked.loss, *keys_and_values(looked.items), looked.returned, looked.grads)
@@ -120,6 +122,7 @@ class TracedCall:
 
     def untraced(self, batch: Any, batch_idx: int) -> Raw:
         """The same function op by op."""
+        self.op_by_op = True
         with self._spec.default_dtype():
             return self._function(batch, batch_idx, *self.extra)
 
@@ -186,5 +189,6 @@ class TracedCall:
 
     def _trace(self, kind: Any, *, dynamic: bool) -> Trace:
         if kind not in self._traces:
-            self._traces[kind] = Trace(self._function, self._own, self._spec, dynamic=dynamic, build=self._build)
+            self._traces[kind] = Trace(self._function, self._own, self._spec, dynamic=dynamic, build=self._build,
+                                       updates=self._eager is not None)  # fmt: skip
         return self._traces[kind]

@@ -34,6 +34,7 @@ class Turns:
         self.moved = [0] * len(steps)  # steps taken by each optimizer in the last update
         self._pending = [0] * len(steps)  # batches whose gradients each optimizer holds
         self._result = 0
+        self._others: list[list[torch.Tensor]] | None = None  # parameters of everybody but each optimizer
 
     @property
     def rung(self) -> str:
@@ -64,14 +65,14 @@ class Turns:
             self._scaler.gather()
         for i in self._whose_turn():
             step = self.steps[i]
-            with self._toggled(i) if step.rung == "eager" else _as_it_is():
+            with self.toggled(i):
                 out = step.micro_step(batch, batch_idx, first=self._pending[i] == 0, last=last, divisor=divisor)
                 self._pending[i] += 1
                 if last:
                     self._update(i, divisor / self._pending[i])
             outputs.append(out)
         for i in self._left_over() if last else ():  # whose turn was earlier in this window
-            with self._toggled(i) if self.steps[i].rung == "eager" else _as_it_is():
+            with self.toggled(i):
                 self._update(i, divisor / self._pending[i])
         if self._scaler is not None:
             self._scaler.settle()
@@ -85,12 +86,18 @@ class Turns:
 
     def update_step(self, rescale: float) -> int:
         """What the micro-step's updates came to; a window that a stop has cut short is closed here."""
-        for i in self._left_over():
-            with self._toggled(i) if self.steps[i].rung == "eager" else _as_it_is():
+        left = self._left_over()
+        if left and self._scaler is not None:
+            self._scaler.gather()
+        for i in left:
+            with self.toggled(i):
                 self._update(i, rescale)
+        if left and self._scaler is not None:
+            self._scaler.settle()
         return self._result or max(self.moved)
 
     def refresh(self) -> None:
+        self._others = None
         for step in self.steps:
             step.refresh()
 
@@ -128,10 +135,13 @@ class Turns:
         raise AssertionError("a place beyond the sum of the frequencies")
 
     @contextmanager
-    def _toggled(self, i: int) -> Iterator[None]:
+    def toggled(self, i: int) -> Iterator[None]:
         """Only this optimizer's parameters require a gradient within."""
-        mine = {id(p) for g in self._optimizers[i].param_groups for p in g["params"]}
-        others = {p for o in self._optimizers for g in o.param_groups for p in g["params"] if id(p) not in mine and p.requires_grad}
+        if self._others is None:
+            held = [{id(p): p for g in o.param_groups for p in g["params"]} for o in self._optimizers]
+            everybody = {k: p for mine in held for k, p in mine.items()}
+            self._others = [[p for k, p in everybody.items() if k not in mine] for mine in held]
+        others = [p for p in self._others[i] if p.requires_grad]
         for p in others:
             p.requires_grad_(False)
         try:
@@ -139,9 +149,3 @@ class Turns:
         finally:
             for p in others:
                 p.requires_grad_(True)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    """A captured turn asks for its own gradients alone: there is nothing to toggle."""
-    yield

@@ -34,7 +34,7 @@ def same_order(tensor: Tensor, model: Tensor) -> bool:
 
 def in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
     """`tensor` itself when it lies in memory as `model` does, else a copy that does."""
-    return tensor if same_order(tensor, model) else torch.empty_like(model).copy_(tensor)
+    return tensor if same_order(tensor, model) else torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
 
 def unfit(tensor: Tensor) -> str | None:

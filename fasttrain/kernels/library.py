@@ -17,10 +17,10 @@ import torch
 
 from fasttrain.errors import FasttrainWarning
 
-INTERFACE = 1  # fasttrain_interface() of the library this file was written for
+INTERFACE = 2  # fasttrain_interface() of the library this file was written for
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-SGD, ADAM = 0, 1
+SGD, ADAM, LION = 0, 1, 2
 L2, INF = 0, 1
 MEASURE, CHECK, ZERO_GRADS = 1, 2, 4
 NESTEROV, AMSGRAD, MAXIMIZE, DECOUPLED = 1, 2, 4, 8
@@ -39,6 +39,8 @@ class Row(ctypes.Structure):
         ("group", ctypes.c_int32),
         ("step_is_double", ctypes.c_int32),
         ("fresh", ctypes.c_int32),
+        ("grad_dtype", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     )
 
 
@@ -68,6 +70,7 @@ class Call(ctypes.Structure):
         ("groups", ctypes.c_void_p),
         ("loss", ctypes.c_uint64),
         ("norm_out", ctypes.c_uint64),
+        ("norms_out", ctypes.c_uint64),
         ("max_norm", ctypes.c_double),
         ("clip_value", ctypes.c_double),
         ("grad_scale", ctypes.c_double),

@@ -22,6 +22,7 @@ class _Lists:
         self.rows = (library.Row * len(tensors))()
         for row, tensor in zip(self.rows, tensors, strict=True):
             row.numel, row.dtype = tensor.numel(), DTYPES[tensor.dtype]
+            row.grad_dtype = row.dtype
         self.addresses = array("Q", [0] * len(tensors))
         self.call = library.Call(
             grads=self.addresses.buffer_info()[0],

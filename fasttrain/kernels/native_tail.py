@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fasttrain.errors import KernelError, reject
-from fasttrain.kernels import library, native_rules
+from fasttrain.kernels import library, native_rules, rules
 from fasttrain.kernels.layout import in_order_of, same_order
 from fasttrain.kernels.library import CHECK, DTYPES, INF, L2, MEASURE, STEPPED, ZERO_GRADS
 
@@ -24,7 +24,7 @@ _GONE = reject("optimizer", "one that no longer exists", "a live one", "Keep a r
 
 
 class NativeTail:
-    """Norm, clip and update of a torch SGD, Adam or AdamW on the CPU in one native call a step.
+    """Norm, clip and update of a torch SGD, Adam or AdamW, or a Lion, on the CPU in one native call a step.
 
     Reads and writes the parameters and the optimizer's own state where they lie: `optimizer.state_dict()` stays
     torch's. `params` are the parameters whose gradients `step` will be given, in that order: all of the optimizer's or
@@ -40,7 +40,7 @@ class NativeTail:
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], *, norm_type: float = 2.0, bump_versions: bool = False) -> None:
         if norm_type not in (2.0, math.inf):
             raise KernelError(reject("norm_type", norm_type, "2.0 or inf", "Measure others with grad_norm."))
-        rule = native_rules.rule_of(optimizer)
+        rule = rules.rule_of(optimizer)
         if rule is None:
             raise KernelError(_refusal(optimizer))
         self.grad_norm = torch.full((), math.nan)  # 0-d fp32, written in place by every step that measures
@@ -102,10 +102,10 @@ class NativeTail:
         self._checked = False
         for i, (row, param, group) in enumerate(zip(self._rows, self._params, self._group_of, strict=True)):
             row.param, row.numel, row.dtype = param.data_ptr(), param.numel(), DTYPES[param.dtype]
-            row.group = owner[id(param)]
+            row.group, row.grad_dtype = owner[id(param)], row.dtype
             self._kept.append(param.detach())
             state = self._state.get(param) or {}
-            if native_rules.is_missing(state, self._rule, group):
+            if rules.is_missing(state, self._rule, group):
                 self._missing.add(i)
             else:
                 self._kept += native_rules.write_row(row, state, self._rule, group, param)
@@ -115,7 +115,7 @@ class NativeTail:
         places = [param.data_ptr() for param in self._params]
         for param, group in zip(self._params, self._group_of, strict=True):
             state = self._state.get(param) or {}
-            if not native_rules.is_missing(state, self._rule, group):
+            if not rules.is_missing(state, self._rule, group):
                 places += [state[name].data_ptr() for name in self._rule.slots(group)]
                 places += [state["step"].data_ptr()] if self._rule.code == library.ADAM else []
         return places
@@ -139,6 +139,7 @@ class NativeTail:
         loss: Tensor | None = None,
         check: bool = False,
         zero_grads: bool = False,
+        norms_out: Tensor | None = None,
     ) -> int:
         """One optimizer step from these gradients; 0 when it was made, 1 when it was skipped as non-finite.
 
@@ -148,6 +149,8 @@ class NativeTail:
         `max_norm`: clip to this norm as `clip_grad_norm_` does; inf only measures; None neither clips nor measures.
         `clip_value`: clamp each scaled gradient to +-this instead. `check`: when `loss` (0-d), or the norm where it is
         measured, is inf or NaN, write nothing: no parameter, no state, no step count. `grad_norm` holds a measured norm.
+        `norms_out`: float32 of one element a parameter, filled with each scaled gradient's own norm from the same pass, 0
+        where there is none; it has the norm measured. A float32 parameter may have a bfloat16 gradient.
         Shapes and dtypes are checked at the first step and after every refresh, memory layout at every step.
         """
         optimizer = self._optimizer()
@@ -161,6 +164,10 @@ class NativeTail:
             seen = self._seen[i]
             if group["lr"] is not seen[0] or read(group) != seen[1]:
                 self._reread(i, group)
+        if norms_out is not None or self._call.norms_out:
+            self._write_norms_out(norms_out)
+        if norms_out is not None and max_norm is None:
+            max_norm = math.inf
         knobs = (max_norm, clip_value, grad_scale, check, zero_grads)
         if knobs != self._knobs:
             self._write_knobs(*knobs)
@@ -200,13 +207,15 @@ class NativeTail:
             if grad is None:
                 self._addresses[i] = 0
                 continue
-            fits = grad.shape == param.shape and grad.dtype == param.dtype
+            mixed = grad.dtype == torch.bfloat16 and param.dtype == torch.float32
+            fits = grad.shape == param.shape and (grad.dtype == param.dtype or mixed)
             if not fits or not grad.is_cpu or grad.layout != torch.strided:
                 got, wanted = _describe(grad), _describe(param)
                 raise KernelError(reject(f"the gradient of parameter {i}", got, wanted, "Nothing was written."))
             if not same_order(grad, param):
                 copied.append((grad, in_order_of(grad, param)))
                 grad = copied[-1][1]
+            self._rows[i].grad_dtype = DTYPES[grad.dtype]
             self._addresses[i] = grad.data_ptr() or 1  # an empty tensor has no address and yet a gradient
         self._checked = not any(grad is None for grad in grads)
         return copied
@@ -224,6 +233,12 @@ class NativeTail:
         call.flags = MEASURE * (max_norm is not None) | CHECK * check | ZERO_GRADS * zero_grads
         self._knobs = (max_norm, clip_value, grad_scale, check, zero_grads)
 
+    def _write_norms_out(self, norms: Tensor | None) -> None:
+        count = len(self._params)
+        if norms is not None and not (norms.dtype == torch.float32 and norms.is_cpu and norms.numel() == count and norms.is_contiguous()):
+            raise KernelError(reject("norms_out", _describe(norms), f"torch.float32 ({count},) on cpu", "Nothing was written."))
+        self._call.norms_out = 0 if norms is None else norms.data_ptr()
+
     def _write_loss(self, loss: Tensor | None) -> None:
         if loss is None:
             self._call.loss = 0
@@ -236,8 +251,7 @@ class NativeTail:
 
     def _write_group(self, index: int, group: Mapping[str, Any]) -> None:
         native = self._native_groups[index]
-        self._rule.write(native, group)
-        native_rules.write_lr(native, group["lr"])
+        native_rules.write_group(native, self._rule, group)
         self._seen[index] = (group["lr"], self._rule.read(group))
         self._structure[index] = self._rule.slots(group)
 
@@ -251,7 +265,7 @@ class NativeTail:
         """State for the rows that have a gradient for the first time; the optimizer gets it once the step is made."""
         for i in [i for i in self._missing if self._addresses[i]]:
             row, group, param = self._rows[i], self._group_of[i], self._params[i]
-            state = native_rules.make_state(self._rule, group, param)
+            state = rules.make_state(self._rule, group, param)
             self._kept += native_rules.write_row(row, state, self._rule, group, param)
             row.fresh = self._rule.code == library.SGD
             self._pending[i] = state
@@ -270,4 +284,5 @@ def _refusal(optimizer: Optimizer) -> str:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+    layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    return f"{tensor.dtype}{layout} {tuple(tensor.shape)} on {tensor.device}"

@@ -120,9 +120,9 @@ def lion_(
     beta1, beta2 = betas
     for param, grad, exp_avg in zip(params, grads, exp_avgs, strict=True):
         wide, g, moment = _wide(param), _wide(grad), _wide(exp_avg)
-        direction = torch.lerp(moment, g, 1 - beta1).sign()
+        direction = (beta1 * moment + (1 - beta1) * g).sign()
         param.copy_(wide * (1 - lr * weight_decay) - lr * direction)
-        exp_avg.copy_(torch.lerp(moment, g, 1 - beta2))
+        exp_avg.copy_(beta2 * moment + (1 - beta2) * g)
 
 
 @torch.no_grad()

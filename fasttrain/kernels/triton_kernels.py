@@ -7,6 +7,7 @@ interpreter runs programs one by one and could not have shown that right.) No at
 Imported only when a tail is made on a GPU (or in Triton's interpreter): the one file that imports triton.
 """
 # mypy: ignore-errors
+# ruff: noqa: SIM108, SIM109 - a branch on a constant is one that the compiler takes, a ternary is not always
 
 import triton
 import triton.language as tl
@@ -24,6 +25,7 @@ KEEP, L2, WEIGHT1, B2, WEIGHT2, EPSILON, SIZE, ROOT, UNDAMPED, RATE, INERTIA, TU
     tl.constexpr(i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16)
 )
 SGD, SGD_MOMENTUM, NESTEROV, ADAM, AMSGRAD, LION = (tl.constexpr(i) for i in range(6))
+TYPES = (tl.float32, tl.bfloat16, tl.float16)  # triton_plan.FLOATS
 HUGE = tl.constexpr(1.7976931348623157e308)  # the largest float64: anything above, and NaN, is not finite
 
 
@@ -49,8 +51,11 @@ def _put(p, at, value, mask, MASKED: tl.constexpr):
         tl.store(p + at, value.to(p.dtype.element_ty))
 
 
-@triton.jit
-def norm_chunks(p_rows, p_chunks, p_partial, first, G: tl.constexpr, INF: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["first"])
+def norm_chunks(
+    p_rows, p_chunks, p_partial, first,
+    G: tl.constexpr, INF: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """partial[chunk]: the sum of squares of a chunk of gradient, or its largest magnitude (NaN when it holds one)."""
     i = tl.program_id(0).to(tl.int64) + first
     i_row = tl.load(p_chunks + i * 3)
@@ -111,11 +116,14 @@ def _fold(p_partial, start, stop, INF: tl.constexpr, BLOCK: tl.constexpr):
     return result
 
 
-@triton.jit
-def row_norms(p_partial, p_span, p_table, p_scale, p_rescale, p_out, INF: tl.constexpr, SCALED: tl.constexpr, RESCALED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize_on_alignment=["p_scale", "p_rescale", "p_out"])
+def row_norms(
+    p_partial, p_span, p_table, p_scale, p_rescale, p_out,
+    INF: tl.constexpr, SCALED: tl.constexpr, RESCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[row]: the norm of one parameter's unscaled gradient, from the partial sums that are there anyway."""
     i_row = tl.program_id(0)
-    value = _fold(p_partial, tl.load(p_span + i_row), tl.load(p_span + i_row + 1), INF, BLOCK)
+    value = _fold(p_partial, tl.load(p_span + i_row * 2), tl.load(p_span + i_row * 2 + 1), INF, BLOCK)
     factor = tl.load(p_table + GRAD_SCALE)
     if RESCALED:
         factor = factor * tl.load(p_rescale).to(tl.float64)
@@ -124,7 +132,7 @@ def row_norms(p_partial, p_span, p_table, p_scale, p_rescale, p_out, INF: tl.con
     tl.store(p_out + i_row, (tl.abs(factor) * value).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partial", "n_rows"], do_not_specialize_on_alignment=["p_scale", "p_tracker", "p_loss", "p_rescale"])
 def judge(
     p_partial, n_partial, p_table, p_rows, n_rows, p_record, p_verdict, p_norm, p_skipped, p_skips, p_scale, p_tracker, p_loss, p_rescale,
     MEASURE: tl.constexpr, CHECK: tl.constexpr, INF: tl.constexpr, RULE: tl.constexpr,
@@ -136,8 +144,7 @@ def judge(
         factor = factor * tl.load(p_rescale).to(tl.float64)
     if SCALED:
         factor = factor / tl.load(p_scale).to(tl.float64)
-    skip = tl.load(p_verdict + SKIP) != tl.load(p_verdict + SKIP)
-    skip = skip & (factor != factor)
+    skip = tl.full((), 0, tl.int1)
     if MEASURE:
         norm = tl.abs(factor) * _fold(p_partial, tl.full((), 0, tl.int64), n_partial, INF, BLOCK)
         tl.store(p_norm, norm.to(tl.float32))
@@ -212,45 +219,50 @@ def _record_rows(p_table, p_rows, i_row, n_rows, p_record, skip, RULE: tl.conste
 
 @triton.jit
 def _update(
-    p_p, p_g, p_s0, p_s1, p_s2, p_m, at, mask, p_r, factor, limit,
+    p_p, p_g, p_s0, p_s1, p_s2, p_m, at, mask, factor, limit,
+    keep, l2, weight1, beta1, beta2, weight2, eps, size, root, undamped, rate, inertia,
     MODE: tl.constexpr, MASTERED: tl.constexpr, ZERO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     g = _get(p_g, at, mask, MASKED) * factor
     g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))  # NaN stays NaN
-    w = _get(p_m, at, mask, MASKED) if MASTERED else _get(p_p, at, mask, MASKED)
-    if MODE == SGD or MODE == SGD_MOMENTUM or MODE == NESTEROV:
-        g = g + tl.load(p_r + L2) * w
-        if MODE != SGD:
-            inertia = tl.load(p_r + INERTIA)
-            m = inertia * _get(p_s0, at, mask, MASKED) + tl.load(p_r + UNDAMPED) * g
-            _put(p_s0, at, m, mask, MASKED)
-            g = g + inertia * m if MODE == NESTEROV else m
-        w = w - tl.load(p_r + RATE) * g
-    elif MODE == LION:
-        m = _get(p_s0, at, mask, MASKED)
-        c = tl.load(p_r + B1) * m + tl.load(p_r + WEIGHT1) * g
-        rate = tl.load(p_r + RATE)
-        w = w * tl.load(p_r + KEEP) - tl.where(c > 0, rate, tl.where(c < 0, -rate, 0.0))
-        _put(p_s0, at, tl.load(p_r + B2) * m + tl.load(p_r + WEIGHT2) * g, mask, MASKED)
+    if MASTERED:
+        w = _get(p_m, at, mask, MASKED)
     else:
-        g = g + tl.load(p_r + L2) * w
+        w = _get(p_p, at, mask, MASKED)
+    if MODE == LION:
         m = _get(p_s0, at, mask, MASKED)
-        m = m + (g - m) * tl.load(p_r + WEIGHT1)
-        v = _get(p_s1, at, mask, MASKED) * tl.load(p_r + B2) + (g * g) * tl.load(p_r + WEIGHT2)
+        c = beta1 * m + weight1 * g
+        w = w * keep - tl.where(c > 0, rate, tl.where(c < 0, -rate, 0.0))
+        _put(p_s0, at, beta2 * m + weight2 * g, mask, MASKED)
+    elif MODE == ADAM or MODE == AMSGRAD:
+        g = g + l2 * w
+        m = _get(p_s0, at, mask, MASKED)
+        m = m + (g - m) * weight1
+        v = _get(p_s1, at, mask, MASKED) * beta2 + (g * g) * weight2
         _put(p_s0, at, m, mask, MASKED)
         _put(p_s1, at, v, mask, MASKED)
         if MODE == AMSGRAD:
             v = tl.maximum(_get(p_s2, at, mask, MASKED), v)
             _put(p_s2, at, v, mask, MASKED)
-        w = w * tl.load(p_r + KEEP) - (tl.load(p_r + SIZE) * m) / (tl.sqrt(v) * tl.load(p_r + ROOT) + tl.load(p_r + EPSILON))
+        w = w * keep - (size * m) / (tl.sqrt(v) * root + eps)
+    else:
+        g = g + l2 * w
+        if MODE != SGD:
+            m = inertia * _get(p_s0, at, mask, MASKED) + undamped * g
+            _put(p_s0, at, m, mask, MASKED)
+            if MODE == NESTEROV:
+                g = g + inertia * m
+            else:
+                g = m
+        w = w - rate * g
     _put(p_p, at, w, mask, MASKED)
     if MASTERED:
         _put(p_m, at, w, mask, MASKED)
     if ZERO:
-        _put(p_g, at, tl.zeros_like(g), mask, MASKED)
+        _put(p_g, at, tl.zeros_like(w), mask, MASKED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last"])
 def update_chunks(
     p_rows, p_chunks, p_record, p_verdict, last,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, MASTERED: tl.constexpr, ZERO: tl.constexpr,
@@ -272,12 +284,24 @@ def update_chunks(
         p_r = p_record + i_row * RECORD
         factor = tl.load(p_verdict + FACTOR) * tl.load(p_r + TURN)
         limit = tl.load(p_verdict + LIMIT)
+        # What a mode has no use for is loaded here and dropped by the compiler.
+        keep, l2, rate, inertia, undamped = (
+            tl.load(p_r + KEEP),
+            tl.load(p_r + L2),
+            tl.load(p_r + RATE),
+            tl.load(p_r + INERTIA),
+            tl.load(p_r + UNDAMPED),
+        )
+        w1, b1, b2, w2 = tl.load(p_r + WEIGHT1), tl.load(p_r + B1), tl.load(p_r + B2), tl.load(p_r + WEIGHT2)
+        eps, size, root = tl.load(p_r + EPSILON), tl.load(p_r + SIZE), tl.load(p_r + ROOT)
         if count == CHUNK:
             for j in tl.range(0, CHUNK, BLOCK, num_stages=1):
-                _update(p_p, p_g, p_s0, p_s1, p_s2, p_m, j + lane, lane < 0, p_r, factor, limit, MODE, MASTERED, ZERO, False)
+                _update(p_p, p_g, p_s0, p_s1, p_s2, p_m, j + lane, lane < 0, factor, limit,
+                        keep, l2, w1, b1, b2, w2, eps, size, root, undamped, rate, inertia, MODE, MASTERED, ZERO, False)  # fmt: skip
         else:
             for j in tl.range(0, CHUNK, BLOCK, num_stages=1):
-                _update(p_p, p_g, p_s0, p_s1, p_s2, p_m, j + lane, j + lane < count, p_r, factor, limit, MODE, MASTERED, ZERO, True)
+                _update(p_p, p_g, p_s0, p_s1, p_s2, p_m, j + lane, j + lane < count, factor, limit,
+                        keep, l2, w1, b1, b2, w2, eps, size, root, undamped, rate, inertia, MODE, MASTERED, ZERO, True)  # fmt: skip
     elif ZERO:
         for j in tl.range(0, CHUNK, BLOCK, num_stages=1):
             _put(p_g, j + lane, tl.zeros([BLOCK], tl.float32), j + lane < count, True)

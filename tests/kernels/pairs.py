@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from fasttrain.kernels import library, reference
 from fasttrain.kernels.native_tail import NativeTail
 
 needs_native = pytest.mark.skipif(not library.available(), reason=f"{library.obstacle()}")
+
+no_sanitizer = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer watches the native library only")
 
 SHAPES = [(1,), (0,), (7, 3), (64,), (5, 13, 2), (8193,), (200, 211)]  # odd tails, a chunk and one more, two threads
 

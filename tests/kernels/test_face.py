@@ -84,3 +84,22 @@ def test_a_bad_limit_is_refused(max_norm, road):
     with pytest.raises(KernelError, match="max_norm"):
         clip_and_step_(SGD(params, lr=0.1), max_norm=max_norm)
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: (torch.zeros(4, 2), torch.ones(4, 2).to_sparse()), "gradient of parameter 1.*sparse"),
+        (lambda: (torch.zeros(2, dtype=torch.complex64), torch.ones(2, dtype=torch.complex64)), "gradient of parameter 1.*complex64"),
+        (lambda: (torch.zeros(2, device="meta"), torch.ones(2, device="meta")), "gradient of parameter 1.*on meta"),
+    ],
+)
+def test_what_no_road_takes(make, message, road):
+    """A sparse or complex gradient, and one on another device, are refused by name; nothing is written."""
+    value, grad = make()
+    params = [*make_params([(3,)]), torch.nn.Parameter(value)]
+    params[0].grad, params[1].grad = torch.ones(3), grad
+    before = params[0].detach().clone()
+    with pytest.raises(KernelError, match=message):
+        clip_and_step_(SGD(params, lr=0.1), max_norm=1.0)
+    assert torch.equal(params[0], before)

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
@@ -201,6 +203,34 @@ def test_many_tensors():
         stock_step(stock, wanted, grads, max_norm=1.0)
         tail.step(grads, max_norm=1.0)
     assert_near([torch.cat([p.detach() for p in params])], [torch.cat([p.detach() for p in wanted])], slack=4)
+
+
+PARTS = st.lists(
+    st.tuples(st.integers(0, 20_000), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), st.booleans()),
+    min_size=1, max_size=6,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(PARTS, st.sampled_from([FEW[1], FEW[3], FEW[4]]), st.booleans())
+def test_any_list_of_tensors(parts, case, holes):
+    """Any sizes and dtypes, gradients with gaps between their elements, missing ones, bfloat16 ones of float32 weights."""
+    kind, options = case
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n, dtype, _ in parts]
+    wanted = [p.detach().clone() for p in params]
+    grads = []
+    for i, (n, dtype, odd) in enumerate(parts):
+        grad = torch.randn(2 * n, generator=generator).to(torch.bfloat16 if odd and dtype == torch.float32 else dtype)
+        grads.append(None if holes and i % 2 else grad[::2] if odd else grad[:n])
+    optimizer = kind(params, **options)
+    tail = NativeTail(optimizer, params)
+    tail.step(grads, max_norm=2.0, check=True)
+    there = [i for i, g in enumerate(grads) if g is not None]
+    norm = Truth(kind, options, [wanted[i] for i in there]).step([grads[i] for i in there], 2.0)
+    assert_near([tail.grad_norm], [norm])
+    for param, value in zip(params, wanted, strict=True):  # the truth's clip factor is float32
+        assert_near([param], [value], slack=1e7 if param.dtype == torch.float64 else 2)
 
 
 def test_shapes_reach_every_road():

@@ -116,11 +116,11 @@ template <class C> inline C clamped(C x, C limit) { // NaN stays NaN
   return below < -limit ? -limit : below;
 }
 
-template <class F, Mode mode> void sgd(const Work &work) {
+template <class F, class G, Mode mode> void sgd(const Work &work) {
   using C = typename F::wide;
   const Coefficients &c = *work.coefficients;
   auto *__restrict p = static_cast<typename F::stored *>(work.param);
-  const auto *__restrict g = static_cast<const typename F::stored *>(work.grad);
+  const auto *__restrict g = static_cast<const typename G::stored *>(work.grad);
   auto *__restrict buffer = static_cast<typename F::stored *>(work.slot[0]);
   const C factor = static_cast<C>(work.factor), limit = static_cast<C>(work.clip_value);
   const C lr = static_cast<C>(c.lr), l2 = static_cast<C>(c.l2);
@@ -129,7 +129,7 @@ template <class F, Mode mode> void sgd(const Work &work) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const C weight = F::load(p[i]);
-    C grad = clamped(F::load(g[i]) * factor, limit) + l2 * weight;
+    C grad = clamped(G::load(g[i]) * factor, limit) + l2 * weight;
     if (mode != kPlainSGD) {
       C moment = grad;
       if (mode == kMomentum || mode == kNesterovMomentum) moment = momentum * F::load(buffer[i]) + undamped * grad;
@@ -140,11 +140,11 @@ template <class F, Mode mode> void sgd(const Work &work) {
   }
 }
 
-template <class F, bool amsgrad> void adam(const Work &work) {
+template <class F, class G, bool amsgrad> void adam(const Work &work) {
   using C = typename F::wide;
   const Coefficients &c = *work.coefficients;
   auto *__restrict p = static_cast<typename F::stored *>(work.param);
-  const auto *__restrict g = static_cast<const typename F::stored *>(work.grad);
+  const auto *__restrict g = static_cast<const typename G::stored *>(work.grad);
   auto *__restrict first = static_cast<typename F::stored *>(work.slot[0]);
   auto *__restrict second = static_cast<typename F::stored *>(work.slot[1]);
   auto *__restrict most = static_cast<typename F::stored *>(work.slot[2]);
@@ -157,7 +157,7 @@ template <class F, bool amsgrad> void adam(const Work &work) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const C weight = F::load(p[i]);
-    const C grad = clamped(F::load(g[i]) * factor, limit) + l2 * weight;
+    const C grad = clamped(G::load(g[i]) * factor, limit) + l2 * weight;
     C m = F::load(first[i]);
     m = m + (grad - m) * weight1;
     C v = F::load(second[i]) * beta2 + (grad * grad) * weight2;
@@ -169,6 +169,29 @@ template <class F, bool amsgrad> void adam(const Work &work) {
       most[i] = F::store(v);
     }
     p[i] = F::store(weight * decay - (step_size * m) / (root(v) * inverse_root + eps));
+  }
+}
+
+// Chen et al. 2023, algorithm 2: the sign of an interpolated momentum, decoupled decay.
+template <class F, class G> void lion(const Work &work) {
+  using C = typename F::wide;
+  const Coefficients &c = *work.coefficients;
+  auto *__restrict p = static_cast<typename F::stored *>(work.param);
+  const auto *__restrict g = static_cast<const typename G::stored *>(work.grad);
+  auto *__restrict moment = static_cast<typename F::stored *>(work.slot[0]);
+  const C factor = static_cast<C>(work.factor), limit = static_cast<C>(work.clip_value);
+  const C decay = static_cast<C>(c.decay), lr = static_cast<C>(c.lr);
+  const C beta1 = static_cast<C>(c.beta1), weight1 = static_cast<C>(c.one_minus_beta1);
+  const C beta2 = static_cast<C>(c.beta2), weight2 = static_cast<C>(c.one_minus_beta2);
+  const int64_t count = work.count;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const C grad = clamped(G::load(g[i]) * factor, limit);
+    const C m = F::load(moment[i]);
+    const C way = beta1 * m + weight1 * grad;
+    const C up = way > 0 ? lr : C(0), down = way < 0 ? lr : C(0);
+    p[i] = F::store(F::load(p[i]) * decay - (up - down));
+    moment[i] = F::store(beta2 * m + weight2 * grad);
   }
 }
 
@@ -184,8 +207,13 @@ template <class F> void add(void *to, const void *from, int64_t count, double sc
 } // namespace
 
 #define FASTTRAIN_EACH(name) {name<Float32>, name<Float64>, name<BFloat16>, name<Float16>}
-#define FASTTRAIN_EACH_OF(name, option) \
-  { name<Float32, option>, name<Float64, option>, name<BFloat16, option>, name<Float16, option> }
+#define FASTTRAIN_EACH_RULE(name) \
+  { name<Float32, Float32>, name<Float64, Float64>, name<BFloat16, BFloat16>, name<Float16, Float16> }
+#define FASTTRAIN_EACH_OF(name, option)                                                     \
+  {                                                                                         \
+    name<Float32, Float32, option>, name<Float64, Float64, option>,                         \
+        name<BFloat16, BFloat16, option>, name<Float16, Float16, option>                    \
+  }
 
 namespace fasttrain {
 namespace FASTTRAIN_ISA {
@@ -193,7 +221,10 @@ extern const Kernels kernels = {
     {FASTTRAIN_EACH(sum_of_squares), FASTTRAIN_EACH(largest)},
     {FASTTRAIN_EACH_OF(sgd, kPlainSGD), FASTTRAIN_EACH_OF(sgd, kFirstMomentum), FASTTRAIN_EACH_OF(sgd, kMomentum),
      FASTTRAIN_EACH_OF(sgd, kFirstNesterov), FASTTRAIN_EACH_OF(sgd, kNesterovMomentum), FASTTRAIN_EACH_OF(adam, false),
-     FASTTRAIN_EACH_OF(adam, true)},
+     FASTTRAIN_EACH_OF(adam, true), FASTTRAIN_EACH_RULE(lion)},
+    {sgd<Float32, BFloat16, kPlainSGD>, sgd<Float32, BFloat16, kFirstMomentum>, sgd<Float32, BFloat16, kMomentum>,
+     sgd<Float32, BFloat16, kFirstNesterov>, sgd<Float32, BFloat16, kNesterovMomentum>, adam<Float32, BFloat16, false>,
+     adam<Float32, BFloat16, true>, lion<Float32, BFloat16>},
     FASTTRAIN_EACH(add),
 };
 }
