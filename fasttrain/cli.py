@@ -102,7 +102,8 @@ def _explain(arguments: argparse.Namespace) -> int:
         print(f"{error}\nUnder capture='auto' this module trains on the next rung that can be had.")
         return NOT_CAPTURED
     print(trainer.explain())
-    return 0
+    assert trainer.result is not None
+    return 0 if trainer.result.capture.rung != "eager" and not trainer.result.capture.obstacles else NOT_CAPTURED
 
 
 def _made_by(name: str) -> tuple[Any, Any, dict[str, Any]]:
