@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ def judged(case: dict[str, Any]) -> dict[str, Any]:
             side[f"{what}_apart"] = _apart(reference.get(what), side.get(what))
         side["start_apart"] = _apart(reference.get("losses", [])[:3], side.get("losses", [])[:3])
         side["mean_apart"] = _apart(_mean(reference.get("losses")), _mean(side.get("losses")))
-        side["ratio"] = reference["us"] / side["us"] if reference.get("us") and side.get("us") else None
+        each = [a / b for a, b in zip(reference.get("us_each", []), side.get("us_each", []), strict=False)]
+        side["ratio"] = statistics.median(each) if each else None  # round by round: the machine's moods last longer than one
     for side in sides.values():
         side.pop("norms", None)
         side["losses"] = [round(v, 6) for v in side.get("losses", [])[:8]]
