@@ -182,10 +182,8 @@ def test_an_index_before_the_number_of_the_batch() -> None:
 
 @pytest.mark.parametrize("capture", ["eager", pytest.param("compile", marks=slow)])
 @pytest.mark.parametrize("make", [FewLater, ManyLater])
-def test_a_generator_that_changes_its_mind(make: Any, capture: str, request: pytest.FixtureRequest) -> None:
+def test_a_generator_that_changes_its_mind(make: Any, capture: str) -> None:
     """In the fifth batch: the same sentence in mid-run, captured or not."""
-    if make is ManyLater and capture == "compile":
-        request.applymarker(bug("a yield too many is dropped in silence once the step is captured"))
     with pytest.raises(fasttrain.ModuleError, match=r"is a generator: it yielded"):
         trained(make, batches(), capture)
 

@@ -135,7 +135,8 @@ def test_numbers_kept_in_a_list() -> None:
 def test_a_flag_set_and_put_back_is_no_change() -> None:
     """Steady steps are called past the guards."""
     _, captured, _, _ = both(Flag)
-    assert captured.capture.whole and captured.capture.direct
+    assert captured.capture.whole
+    assert captured.capture.direct
 
 
 def test_a_logger_that_says_nothing_does_not_stand_in_the_way(caplog: pytest.LogCaptureFixture) -> None:
