@@ -103,7 +103,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         return NOT_CAPTURED
     print(trainer.explain())
     assert trainer.result is not None
-    return 0 if trainer.result.capture.rung != "eager" and not trainer.result.capture.obstacles else NOT_CAPTURED
+    return NOT_CAPTURED if trainer.result.capture.obstacles else 0
 
 
 def _made_by(name: str) -> tuple[Any, Any, dict[str, Any]]:
