@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fasttrain.entries import check_entry, check_place
 from fasttrain.errors import ModuleError
+from fasttrain.graphs.tail import clip_gradients
 from fasttrain.module import Trainable
 from fasttrain.options import Options
 from fasttrain.results import LogKey, MetricStore, MetricView, reduce_named, to_floats
@@ -74,11 +75,7 @@ class Strategy:
         self, optimizer: torch.optim.Optimizer, clip_val: float | None = None, gradient_clip_algorithm: str = "norm"
     ) -> None:
         """Where a module's ``self.clip_gradients`` ends."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(params, clip_val)
-        elif clip_val:
-            torch.nn.utils.clip_grad_norm_(params, clip_val)
+        clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
 
 class TrainerFacade:

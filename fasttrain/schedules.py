@@ -91,10 +91,10 @@ def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
         raise ModuleError(f"no parameter of the optimizer trains: all {len(held)} have requires_grad=False. Unfreeze at least one.")
 
 
-def step_schedulers(run: Run, configs: Sequence[SchedulerConfig], count: int | Sequence[int]) -> None:
-    """Move the schedulers that are due at this ``count`` (steps or epochs, by their interval; steps may be told by optimizer)."""
+def step_schedulers(run: Run, configs: Sequence[SchedulerConfig], count: int) -> None:
+    """Move the schedulers that are due at this ``count`` (steps or epochs, by their interval)."""
     for config in configs:
-        if (count if isinstance(count, int) else count[config.opt_idx]) % config.frequency:
+        if count % config.frequency:
             continue
         metric = _monitored(run, config) if config.reduce_on_plateau else None
         if config.reduce_on_plateau and metric is None:

@@ -24,7 +24,6 @@ from fasttrain.graphs.program import forward
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
 from fasttrain.graphs.verify import verified
-from fasttrain.hook_names import IN_STEP_HOOKS
 from fasttrain.options import Options
 from fasttrain.results import Build, CaptureReport, Obstacle
 
@@ -95,7 +94,7 @@ def _choose(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[Step,
 
 def obstacles_of(maker: StepMaker) -> list[Obstacle]:
     """What is known to stand in the way before anything is traced."""
-    hooks, module = maker.hooks.live | (maker.trainable.hooks & set(IN_STEP_HOOKS)), maker.trainable.module
+    hooks, module = maker.hooks.live, maker.trainable.module
     scripted = maker.trainable.form in ("generator", "manual")
     refused = hooks if scripted or maker.options.capture == "graph" else hooks - AROUND - BETWEEN
     found = hook_obstacles(module, sorted(refused))
@@ -116,7 +115,7 @@ def _tail_name(maker: StepMaker) -> str:
     for i, optimizer in enumerate(maker.optimizers):
         why_not = tail_obstacle(optimizer, trainable_params(optimizer))
         hooked = maker.trainable.form in ("single", "indexed") and maker.in_pieces(i)
-        around = sorted((maker.hooks.live | maker.trainable.hooks) & AROUND)
+        around = sorted(maker.hooks.live & AROUND)
         around += ["gradient hooks"] * bool(gradient_hooks(maker.trainable.module))
         fused = "fused native" + (f" behind a captured piece; around it: {', '.join(around)}" if hooked and around else "")
         names.append(fused if why_not is None else f"torch ({why_not})")
@@ -134,7 +133,7 @@ def _traced(
 ) -> tuple[Step, CaptureReport]:
     """Trace now, on a snapshot, so that a failure costs nothing but time; what cannot be had whole is cut in pieces."""
     build = build or Build(kernel_threads=torch.get_num_threads())
-    between = sorted((maker.hooks.live | maker.trainable.hooks) & BETWEEN)
+    between = sorted(maker.hooks.live & BETWEEN)
     if between and not build.cut:
         advice = "It is honoured between compiled stretches; on_after_backward would leave the step whole."
         report.obstacles += [Obstacle(f"the hook {h} runs between the forward and the backward pass", advice=advice) for h in between]

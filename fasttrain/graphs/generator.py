@@ -11,7 +11,7 @@ from torch import Tensor
 from fasttrain.errors import ModuleError
 from fasttrain.graphs.eager import hooked_tail, zero_grad
 from fasttrain.graphs.hooks import InStepHooks
-from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, StepOutput, StepSpec, cast_floats, detached, keys_and_values, unwrapped
+from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, StepOutput, StepSpec, cast_floats, detached, keys_and_values, mean_of, unwrapped
 from fasttrain.graphs.tail import LossScale, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
@@ -135,12 +135,6 @@ class GeneratorStep:
             self.moved[i] = 1
         else:
             self._result = REFUSED
-
-
-def mean_of(losses: Sequence[Tensor | None]) -> Tensor | None:
-    """One number for the progress bar out of several optimizers' losses."""
-    present = [x for x in losses if x is not None]
-    return sum(present[1:], present[0]) / len(present) if present else None
 
 
 def _count(trainable: Trainable, wanted: int, came: str, do: str) -> str:

@@ -26,7 +26,7 @@ _SCHEMAS = {
     "step": "(int host, int index, Tensor(a!) order, Tensor(b!)[] params) -> ()",
     "zero": "(int host, int index, Tensor(a!) order) -> ()",
     "clip": "(int host, int index, Tensor(a!) order, float value, bool by_norm) -> ()",
-    "move": "(int host, int index, Tensor(a!) order, Tensor?[] metrics) -> ()",
+    "move": "(int host, int index, Tensor(a!) order) -> ()",
 }
 
 
@@ -170,8 +170,8 @@ class Host:
             torch._foreach_clamp_min_(present, -value)
             torch._foreach_clamp_max_(present, value)
 
-    def move(self, index: int, order: Tensor, metrics: Sequence[Tensor | None]) -> None:
-        self._schedulers[index].step(*metrics)
+    def move(self, index: int, order: Tensor) -> None:
+        self._schedulers[index].step()
 
     # -- how ----------------------------------------------------------------------------------------------------
     def _update(self, index: int, grads: Sequence[Tensor | None], loss: Tensor | None, params: Sequence[Tensor] = ()) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +15,7 @@ from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import ManualStep
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
-from fasttrain.graphs.splits import split_along_time
+from fasttrain.graphs.splits import splitter
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable, hiddens_of
 
@@ -43,7 +42,7 @@ def _forward(maker: StepMaker, batch: Any, i: int) -> Any:
 
 
 def _splits(maker: StepMaker, batch: Any) -> None:
-    parts = _parts(maker.trainable, batch)
+    parts = splitter(maker.trainable)(batch)
     for i in range(len(maker.optimizers)):
         output = _forward(maker, Carried(parts[0], None), i)
         if len(parts) > 1 and output is not None and hiddens_of(output) is None:
@@ -75,13 +74,7 @@ def toggles_are_local(maker: StepMaker, batch: Any) -> bool:
 
 def first_part(trainable: Trainable, batch: Any) -> Any:
     """What ``training_step`` sees first: the batch, or its first split."""
-    return Carried(_parts(trainable, batch)[0], None) if trainable.split_length else batch
-
-
-def _parts(trainable: Trainable, batch: Any) -> Sequence[Any]:
-    own, length = "tbptt_split_batch" in trainable.hooks, trainable.split_length
-    parts: Sequence[Any] = trainable.call("tbptt_split_batch", batch, length) if own else split_along_time(batch, length)
-    return parts
+    return Carried(splitter(trainable)(batch)[0], None) if trainable.split_length else batch
 
 
 def _whole_step(maker: StepMaker, batch: Any) -> None:

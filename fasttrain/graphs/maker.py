@@ -21,7 +21,7 @@ from fasttrain.graphs.manual import ManualStep, Verbs
 from fasttrain.graphs.pieces import CutStep, PiecedStep
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.script import ScriptStep
-from fasttrain.graphs.splits import SplitStep, split_along_time
+from fasttrain.graphs.splits import SplitStep, splitter
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import LossScale, trainable_params
 from fasttrain.graphs.turns import Turns
@@ -80,8 +80,11 @@ class StepMaker:
 
     def in_pieces(self, i: int = 0) -> bool:
         """Does somebody stand between the backward pass and the update?"""
-        hooks = self.hooks.live | self.trainable.hooks
-        return bool(hooks & AROUND) or isinstance(self.optimizers[i], torch.optim.LBFGS) or bool(gradient_hooks(self.trainable.module))
+        return (
+            bool(self.hooks.live & AROUND)
+            or isinstance(self.optimizers[i], torch.optim.LBFGS)
+            or bool(gradient_hooks(self.trainable.module))
+        )
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -127,12 +130,7 @@ class StepMaker:
         return Turns(steps, self.optimizers, self.frequencies, self.seen, self.scaler)
 
     def _split(self, step: Step) -> Step:
-        trainable, length = self.trainable, self.trainable.split_length
-        if not length:
-            return step
-        if "tbptt_split_batch" in trainable.hooks:
-            return SplitStep(step, lambda batch: trainable.call("tbptt_split_batch", batch, length))
-        return SplitStep(step, lambda batch: split_along_time(batch, length))
+        return SplitStep(step, splitter(self.trainable)) if self.trainable.split_length else step
 
 
 def cut_functions(step: Step) -> list[CutFunction]:

@@ -14,7 +14,7 @@ from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.eager import hooked_tail
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, forward, keys_and_values
-from fasttrain.graphs.tail import LossScale, trainable_params
+from fasttrain.graphs.tail import LossScale, clip_gradients, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options
@@ -162,11 +162,7 @@ class Verbs:
     def clip_gradients(self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:
         """Clip this optimizer's gradients by "norm" (default) or "value"."""
         if self.acts is None:  # in a hook of automatic optimization
-            params = [p for g in optimizer.param_groups for p in g["params"]]
-            if gradient_clip_val and gradient_clip_algorithm == "value":
-                torch.nn.utils.clip_grad_value_(params, gradient_clip_val)
-            elif gradient_clip_val:
-                torch.nn.utils.clip_grad_norm_(params, gradient_clip_val)
+            clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         self.carrier().clip(self._index_of(optimizer), gradient_clip_val, gradient_clip_algorithm or "norm")
 
@@ -288,10 +284,7 @@ class ManualStep:
         if self._scaler is not None and index not in self._unscaled:
             self._unscaled.add(index)
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1.0 / self._scaler.value)
-        if value and algorithm == "value":
-            torch.nn.utils.clip_grad_value_(params, value)
-        elif value:
-            torch.nn.utils.clip_grad_norm_(params, value)
+        clip_gradients(self._optimizers[index], value, algorithm)
 
     def _into_leaves(self, loss: Tensor) -> None:
         chosen = self._optimizers if self._toggled is None else [self._optimizers[self._toggled]]

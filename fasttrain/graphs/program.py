@@ -187,6 +187,12 @@ def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:
     return loss
 
 
+def mean_of(losses: Sequence[Tensor | None]) -> Tensor | None:
+    """One number for the progress bar out of several optimizers' losses."""
+    present = [x for x in losses if x is not None]
+    return sum(present[1:], present[0]) / len(present) if present else None
+
+
 def cast_floats(batch: Any, dtype: torch.dtype) -> Any:
     """The batch with its floating-point tensors in ``dtype``."""
     if isinstance(batch, Tensor):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import CaptureError
-from fasttrain.graphs.generator import GeneratorStep, mean_of
+from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.host import Host, ops
 from fasttrain.graphs.manual import ManualStep, Verbs
-from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, Raw, StepOutput, StepSpec, cast_floats, detached, unwrapped
+from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, Raw, StepOutput, StepSpec, cast_floats, detached, mean_of, unwrapped
 from fasttrain.graphs.tail import LossScale
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
@@ -33,9 +33,9 @@ class ScriptStep:
         self, trainable: Trainable, spec: StepSpec, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any],
         options: Options, scaler: LossScale | None, verbs: Verbs | None, eager: GeneratorStep | ManualStep, *, build: Build,
     ) -> None:  # fmt: skip
-        self._trainable, self._spec, self._verbs, self._scaler, self.eager = trainable, spec, verbs, scaler, eager
+        self._trainable, self._spec, self._verbs, self.eager = trainable, spec, verbs, eager
         self.host = Host(optimizers, options, scaler, schedulers, spec)
-        self.acts = _Acts(self.host, scaler)
+        self.acts = _Acts(self.host)
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
         accumulates = max(options.accumulate_grad_batches.values()) > 1
         self.call = TracedCall(
@@ -195,8 +195,8 @@ def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Cal
 class _Acts:
     """The verbs of manual optimization as operations of a graph."""
 
-    def __init__(self, host: Host, scaler: LossScale | None) -> None:
-        self.host, self._scaler, self._ops = host, scaler, ops()
+    def __init__(self, host: Host) -> None:
+        self.host, self._ops = host, ops()
         self.toggled = -1
         self.ever_toggled = False
         self.scale: Tensor | None = None
@@ -245,7 +245,7 @@ class _Acts:
     def move(self, index: int, args: tuple[Any, ...]) -> None:
         if args:
             raise CaptureError("a scheduler's step with a metric reads it on the host")
-        self._ops.move(self.host.number, index, self.order, [])
+        self._ops.move(self.host.number, index, self.order)
 
 
 def make_manual_step(trainable: Trainable, spec: StepSpec, acts: _Acts) -> Callable[..., Raw]:

@@ -14,7 +14,7 @@ from fasttrain.graphs.contract import describe
 from fasttrain.graphs.program import REFUSED, StepOutput
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.traced import TracedCall
-from fasttrain.module import hiddens_of
+from fasttrain.module import Trainable, hiddens_of
 from fasttrain.results import Obstacle
 
 
@@ -96,6 +96,14 @@ def _left_hiddens(returned: Any) -> Any:
     if not isinstance(returned, list):
         return hiddens_of(returned)
     return next((h for r in reversed(returned) if (h := hiddens_of(r)) is not None), None)
+
+
+def splitter(trainable: Trainable) -> Callable[[Any], Sequence[Any]]:
+    """How this module's batches are split: its own ``tbptt_split_batch``, or along dim 1."""
+    length = trainable.split_length
+    if "tbptt_split_batch" in trainable.hooks:
+        return lambda batch: trainable.call("tbptt_split_batch", batch, length)
+    return lambda batch: split_along_time(batch, length)
 
 
 def split_along_time(batch: Any, length: int) -> list[Any]:

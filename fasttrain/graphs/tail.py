@@ -95,6 +95,15 @@ class FusedTail:
             self._native.refresh()
 
 
+def clip_gradients(optimizer: Any, value: float | None, algorithm: str | None) -> None:
+    """Clip ``p.grad`` of an optimizer's parameters by "norm" (default) or "value"; 0 or None clips nothing."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if value and algorithm == "value":
+        torch.nn.utils.clip_grad_value_(params, value)
+    elif value:
+        torch.nn.utils.clip_grad_norm_(params, value)
+
+
 class StockTail:
     """Torch's own unscale, clip and ``optimizer.step``, as a plain loop would write them."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.graphs.program import REFUSED, StepOutput
+from fasttrain.graphs.program import REFUSED, StepOutput, mean_of
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import LossScale
 from fasttrain.graphs.traced import TracedCall
@@ -78,10 +78,8 @@ class Turns:
             self._scaler.settle()
         *earlier, out = outputs
         if earlier:
-            losses = [o.loss for o in outputs if o.loss is not None]
-            mean = sum(losses[1:], losses[0]) / len(losses) if losses else None
             returned = [o.returned for o in outputs] if any(o.returned is not None for o in outputs) else None
-            out = out._replace(loss=mean, returned=returned, earlier=earlier)
+            out = out._replace(loss=mean_of([o.loss for o in outputs]), returned=returned, earlier=earlier)
         return out
 
     def update_step(self, rescale: float) -> int:
