@@ -303,6 +303,7 @@ class Build:
     kernel_threads: int  # threads in each generated CPU kernel; matrix products and the update use torch's count
     cut: bool = False  # in compiled stretches, because the step cannot be traced whole
     cpp_wrapper: bool = False  # calls between kernels in C++ too: quicker to run, slower to compile
+    loops: bool = False  # small matrix products as generated loops
 
 
 @dataclass

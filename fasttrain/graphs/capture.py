@@ -132,7 +132,7 @@ def _traced(
     maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: Build | None = None, *, graph: bool = False
 ) -> tuple[Step, CaptureReport]:
     """Trace now, on a snapshot, so that a failure costs nothing but time; what cannot be had whole is cut in pieces."""
-    build = build or Build(kernel_threads=torch.get_num_threads())
+    build = build or Build(kernel_threads=torch.get_num_threads(), loops=not graph)
     between = sorted(maker.hooks.live & BETWEEN)
     if between and not build.cut:
         advice = "It is honoured between compiled stretches; on_after_backward would leave the step whole."
@@ -256,7 +256,7 @@ def _measured(
         return _eager(maker, report, f"the {left_s:.0f} s that eager steps would take cannot pay for compiling (about {cost:.0f} s)")
     # Where eager steps are no quicker with more threads, the fused kernels between the matrix products are too small to share.
     cpp_wrapper = not graph and left_s * 0.1 > cost and known["eager_us"] < 20_000
-    build = Build(kernel_threads=eager_threads, cpp_wrapper=cpp_wrapper)
+    build = Build(kernel_threads=eager_threads, cpp_wrapper=cpp_wrapper, loops=not graph)
     step, report = _traced(maker, report, batch, "", build, graph=graph)
     if step.rung == "eager":
         return step, report

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
+from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
 from fasttrain.results import Build
 
@@ -46,6 +47,8 @@ class Trace:
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
         self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
+        if build.loops and torch._inductor.config.post_grad_custom_pre_pass is None:
+            self._patches["post_grad_custom_pre_pass"] = small_products()
         self.count = 0
         self.entry: _Entry | None = None
         assert isinstance(function, FunctionType)
