@@ -410,21 +410,22 @@ class SecondOrder(Lit):
 
 
 class OwnOptimizers(Lit):
-    """configure_optimizers gives None: the module keeps Adam and momentum itself."""
+    """configure_optimizers gives None: the module keeps Adam, momentum and a schedule itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mine = self.by_hand()
+        self.rates = {"gen": lr_scheduler.StepLR(self.mine[1], 3, 0.5)}
 
     def configure_optimizers(self) -> None:
         return None
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        assert self.optimizers() == []
         for i, optimizer in enumerate(self.mine):
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch, i))
             optimizer.step()
+        self.rates["gen"].step()
 
 
 class Steps(Lit):
@@ -549,7 +550,6 @@ EVERY: list[type[Lit]] = [
 ]  # fmt: skip
 EAGER_BUGS = {
     Weighs: "manual_backward of a vector with gradient= is refused: the loss is taken for one number",
-    OwnOptimizers: "the look before training moves the slots of optimizers the module keeps itself",
     PlateausAlone: "a plateau without a monitor is refused, although the module moves it itself",
     ZeroesFirst: "verbs raise in on_train_start, before the first batch",
 }
