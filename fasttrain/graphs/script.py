@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.generator import GeneratorStep
-from fasttrain.graphs.host import Host, ops
+from fasttrain.graphs.host import Host, Key, ops
 from fasttrain.graphs.manual import ManualStep, Verbs
 from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, Raw, StepOutput, StepSpec, cast_floats, detached, mean_of, unwrapped
 from fasttrain.graphs.tail import LossScale
@@ -34,7 +34,7 @@ class ScriptStep:
         options: Options, scaler: LossScale | None, verbs: Verbs | None, eager: GeneratorStep | ManualStep, *, build: Build,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._verbs, self.eager = trainable, spec, verbs, eager
-        self.host = Host(optimizers, options, scaler, schedulers, spec)
+        self.host = Host(optimizers, options, scaler, schedulers, spec, apart=verbs is None)
         self.acts = _Acts(self.host)
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
         accumulates = max(options.accumulate_grad_batches.values()) > 1
@@ -130,13 +130,17 @@ class ScriptStep:
         self.call.dirty = True
 
     def gradients(self) -> dict[str, Tensor]:
-        by_id = self.host.gradients()
-        return {n: by_id[id(p)] for n, p in self._trainable.module.named_parameters() if id(p) in by_id}
+        named = self._named()
+        return {named[k]: g for k, g in self.host.gradients().items() if k in named}
 
     def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
         self.opened = opened
-        named = self._trainable.module.named_parameters()
-        self.host.load_gradients({id(p): gradients[n].to(p.device).clone() for n, p in named if n in gradients})
+        self.host.load_gradients({k: gradients[n].to(self._spec.device).clone() for k, n in self._named().items() if n in gradients})
+
+    def _named(self) -> dict[Key, str]:
+        """The host's keys as the eager rung names gradients."""
+        names = {id(p): n for n, p in self._trainable.module.named_parameters()}
+        return {(i, p): names[p] if self._verbs is not None else f"{i}:{names[p]}" for i, p in self.host.keys if p in names}
 
     def _recheck(self) -> None:
         if self.host.changed():

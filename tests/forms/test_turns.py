@@ -30,7 +30,6 @@ from tests.forms.pairs import (
     assert_resumes,
     batches,
     both,
-    bug,
     close,
     in_turns,
     loss_scale,
@@ -643,10 +642,10 @@ def test_parameters_that_two_optimizers_share(form: str, capture: str) -> None:
 @pytest.mark.parametrize(
     ("form", "capture"),
     [
-        pytest.param("indexed", "eager", marks=bug("p.grad of a shared parameter holds both optimizers' gradients in a window")),
+        ("indexed", "eager"),
         pytest.param("indexed", "compile", marks=slow),
-        pytest.param("generator", "eager", marks=bug("p.grad of a shared parameter holds both optimizers' gradients in a window")),
-        pytest.param("generator", "compile", marks=[slow, bug("Host._keep adds both optimizers' gradients into one place")]),
+        ("generator", "eager"),
+        pytest.param("generator", "compile", marks=slow),
     ],
 )
 def test_a_window_over_shared_parameters_keeps_gradients_apart(form: str, capture: str) -> None:
@@ -668,6 +667,13 @@ def test_a_window_over_shared_parameters_keeps_gradients_apart(form: str, captur
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", TURNS)
+@pytest.mark.parametrize("capture", BOTH)
+def test_a_window_over_shared_parameters_resumes(form: str, capture: str, tmp_path: Path) -> None:
+    """Each optimizer's own gradients are in the checkpoint."""
+    assert_resumes(shared(form), [3, 12], tmp_path, capture, accumulate_grad_batches=5)
+
+
 class Everything(Nets):
     """Dropout, batch norm, schedulers by step and by epoch."""
 
