@@ -59,7 +59,7 @@ def parse_optimizers(returned: Any, form: Form) -> Parsed:
                    "Take the turn as an argument, training_step(self, batch, batch_idx, optimizer_idx); or yield one loss for each; "
                    "or set self.automatic_optimization = False and step them yourself.")
         )  # fmt: skip
-    return Parsed(optimizers, _frequencies(frequencies, form), [_config(s, m, optimizers) for s, m in schedulers if s is not None])
+    return Parsed(optimizers, _frequencies(frequencies, form), [_config(s, m, optimizers, form) for s, m in schedulers if s is not None])
 
 
 def _frequencies(given: list[Any], form: Form) -> list[int] | None:
@@ -156,7 +156,7 @@ def _split(returned: Any, what: str) -> tuple[list[Any], list[tuple[Any, str | N
     return [returned], [], [None]
 
 
-def _config(scheduler: Any, monitor: str | None, optimizers: Sequence[Optimizer]) -> SchedulerConfig:
+def _config(scheduler: Any, monitor: str | None, optimizers: Sequence[Optimizer], form: Form) -> SchedulerConfig:
     given = dict(scheduler) if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
     unknown = [k for k in given if k not in KEYS]
     if unknown or "scheduler" not in given:
@@ -173,7 +173,7 @@ def _config(scheduler: Any, monitor: str | None, optimizers: Sequence[Optimizer]
         raise ModuleError(reject("lr_scheduler interval", repr(made.interval), "'step' or 'epoch'", "The default is 'epoch'."))
     if not isinstance(made.frequency, int) or made.frequency < 1:
         raise ModuleError(reject("lr_scheduler frequency", repr(made.frequency), "an integer >= 1", "The default is 1."))
-    if made.reduce_on_plateau and made.monitor is None:
+    if made.reduce_on_plateau and made.monitor is None and form != "manual":
         raise ModuleError(
             "ReduceLROnPlateau without a monitor: say which metric it watches, {'scheduler': scheduler, 'monitor': 'val_loss'}."
         )

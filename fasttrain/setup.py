@@ -186,6 +186,7 @@ def make_maker(run: Run) -> StepMaker:
         seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
     )  # fmt: skip
     if trainable.form == "manual":
+        run.verbs.acts = maker.manual()  # hooks before the first batch may use them
         run.schedulers = []  # they move when the module moves them
     return maker
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.host import Host, Key, ops
-from fasttrain.graphs.manual import ManualStep, Verbs
+from fasttrain.graphs.manual import ManualStep, Verbs, one_number
 from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, Raw, StepOutput, StepSpec, cast_floats, detached, mean_of, unwrapped
 from fasttrain.graphs.tail import LossScale
 from fasttrain.graphs.traced import TracedCall
@@ -137,6 +137,13 @@ class ScriptStep:
         self.opened = opened
         self.host.load_gradients({k: gradients[n].to(self._spec.device).clone() for k, n in self._named().items() if n in gradients})
 
+    def take_gradients(self) -> None:
+        """Manual optimization: what hooks have gathered in ``p.grad`` before the first batch is gathered here from now on."""
+        gathered = self.eager.gradients() if self._verbs is not None else {}
+        if gathered:
+            self.load_gradients(gathered, 0)
+            self.eager.load_gradients({}, 0)
+
     def _named(self) -> dict[Key, str]:
         """The host's keys as the eager rung names gradients."""
         names = {id(p): n for n, p in self._trainable.module.named_parameters()}
@@ -208,15 +215,16 @@ class _Acts:
         self.last: Tensor | None = None
 
     def backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args or kwargs.get("gradient") is not None or kwargs.get("inputs") is not None:
-            raise CaptureError("manual_backward with a gradient or inputs of its own")
+        gradient = args[0] if args else kwargs.get("gradient")
+        if kwargs.get("inputs") is not None or len(args) > 3:
+            raise CaptureError("manual_backward with inputs of its own")
         if self.ever_toggled and self.toggled < 0:
             raise CaptureError("manual_backward after untoggle_optimizer: what was computed under the toggle has no gradient outside it")
         host = self.host
         leaves = tuple(host.leaves if self.toggled < 0 else host.params[self.toggled])
         scaled = loss if self.scale is None else loss * self.scale
-        grads = torch.autograd.grad(scaled, leaves, allow_unused=True, retain_graph=True)
-        plain = loss.detach()
+        grads = torch.autograd.grad(scaled, leaves, gradient, allow_unused=True, retain_graph=True)
+        plain = one_number(loss)
         self.last = plain
         with torch.no_grad():
             self._ops.add(host.number, self.toggled, self.order, grads, plain)

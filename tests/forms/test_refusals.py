@@ -228,10 +228,10 @@ def test_turns_are_a_generator_function(given: Any) -> None:
 
 
 def test_verbs_before_training() -> None:
-    """In on_fit_start, where nothing is trained."""
+    """In setup, where there is no optimizer yet."""
 
     class Early(Manual):
-        def on_fit_start(self) -> None:
+        def setup(self, stage: str) -> None:
             self.manual_backward(self.loss(batches(1)[0], 0))
 
     with pytest.raises(fasttrain.ModuleError, match="belong into training_step"):
