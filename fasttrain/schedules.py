@@ -59,6 +59,9 @@ def parse_optimizers(returned: Any, form: Form) -> Parsed:
                    "Take the turn as an argument, training_step(self, batch, batch_idx, optimizer_idx); or yield one loss for each; "
                    "or set self.automatic_optimization = False and step them yourself.")
         )  # fmt: skip
+    if form == "generator" and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
+        raise ModuleError(reject(what, "LBFGS, and a training_step that yields", "optimizers that step once a loss",
+                                 "LBFGS asks for its loss again: take optimizer_idx instead of yielding, or step it by hand."))  # fmt: skip
     return Parsed(optimizers, _frequencies(frequencies, form), [_config(s, m, optimizers, form) for s, m in schedulers if s is not None])
 
 

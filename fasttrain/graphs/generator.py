@@ -36,7 +36,7 @@ class GeneratorStep:
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizers, self._scaler = trainable, spec, optimizers, scaler
         self._hooks = hooks
-        self.check: Callable[[Any], Any] | None = None  # of each yield, in the dry look
+        self.check: Callable[[int, Any], Any] | None = None  # of each yield, in the dry look
         self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks, spec.norms) for i, o in enumerate(optimizers)]
         self._own = OwnGradients(optimizers)
         self.epoch = 0
@@ -134,7 +134,7 @@ class GeneratorStep:
             self._bad[i] = None
             zero_grad(optimizer, i, self.epoch, batch_idx, self._hooks)
         if self.check is not None and output is not None:
-            self.check(output)
+            self.check(i, output)
         if loss is None:
             return None
         plain = loss.detach()

@@ -165,8 +165,8 @@ def keys_and_values(items: Sequence[tuple[Any, ...]], suffix: str = "") -> tuple
     return keys, [item[1] for item in items]
 
 
-def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:
-    """The loss, or a ModuleError that says what came instead. Host read: only the dry look calls this."""
+def check_loss(output: Any, module_name: str, *, finite: bool, leaf: str = "a trainable parameter") -> Tensor:
+    """The loss, which depends on a ``leaf``, or a ModuleError that says what came instead. Host read: only the dry look calls this."""
     loss: Any = output if isinstance(output, (int, float)) else loss_of(output)
     what = f"the loss of {module_name}.training_step"
     if loss is None:
@@ -179,7 +179,7 @@ def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:
     if loss.numel() != 1:
         raise ModuleError(reject(what, f"shape {list(loss.shape)}", "one number", "Reduce it, e.g. loss.mean()."))
     if not loss.requires_grad:
-        raise ModuleError(reject(what, "a tensor without a gradient", "one that depends on a trainable parameter",
+        raise ModuleError(reject(what, "a tensor without a gradient", f"one that depends on {leaf}",
                                  "Look for .detach(), .item(), torch.no_grad() or argmax on the way to the loss."))  # fmt: skip
     if finite and not bool(torch.isfinite(loss.detach())):
         raise ModuleError(reject(what, f"{float(loss.detach())} on the first batch", "a finite number",
