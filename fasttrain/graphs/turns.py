@@ -22,6 +22,7 @@ class OwnGradients:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         held = [{id(p): p for g in o.param_groups for p in g["params"]} for o in optimizers]
         self._shared = [[p for k, p in mine.items() if sum(k in other for other in held) > 1] for mine in held]
+        self.any = any(self._shared)
         self._kept: list[dict[nn.Parameter, Tensor]] = [{} for _ in held]  # empty where every window is one batch
 
     def enter(self, i: int) -> None:
@@ -165,10 +166,12 @@ class Turns:
         others = [p for p in self._others[i] if p.requires_grad]
         for p in others:
             p.requires_grad_(False)
-        self._own.enter(i)
+        if self._own.any:
+            self._own.enter(i)
         try:
             yield
         finally:
-            self._own.leave(i, open=self._pending[i] > 0)
+            if self._own.any:
+                self._own.leave(i, open=self._pending[i] > 0)
             for p in others:
                 p.requires_grad_(True)
