@@ -187,6 +187,7 @@ def make_maker(run: Run) -> StepMaker:
     )  # fmt: skip
     if trainable.form == "manual":
         run.verbs.acts = maker.manual()  # hooks before the first batch may use them
+        facade.taken = run.verbs.taken
         run.schedulers = []  # they move when the module moves them
     return maker
 

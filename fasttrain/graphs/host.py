@@ -67,6 +67,7 @@ class Host:
         _HOSTS[self.number] = self
         self._optimizers, self._options, self._scaler, self._schedulers = optimizers, options, scaler, schedulers
         self._norms, self._apart = spec.norms, apart
+        self.may_refuse = scaler is not None or options.nonfinite == "skip"  # a step, and the run goes on
         self.order = torch.zeros((), device=spec.device)
         self.moved = [0] * len(optimizers)
         self.refused = False

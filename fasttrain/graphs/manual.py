@@ -36,6 +36,8 @@ class Acts(Protocol):
 
     def move(self, index: int, args: tuple[Any, ...]) -> None: ...
 
+    def taken(self) -> int: ...
+
 
 class ManualOptimizer:
     """What ``self.optimizers()`` gives: the optimizer, with ``step`` and ``zero_grad`` under the run's precision."""
@@ -166,6 +168,10 @@ class Verbs:
             return
         self.carrier().clip(self._index_of(optimizer), gradient_clip_val, gradient_clip_algorithm or "norm")
 
+    def taken(self) -> int:
+        """Steps taken so far by the training_step that runs; ``global_step`` does not have them yet."""
+        return 0 if self.acts is None else self.acts.taken()
+
     def carrier(self) -> Acts:
         if self.acts is None:
             raise ModuleError("manual_backward, step and zero_grad belong into training_step or a hook of the run: nothing is trained now.")
@@ -207,7 +213,7 @@ class ManualStep:
         self.moved = [0] * len(optimizers)
         self._bad: list[Tensor | None] = [None] * len(optimizers)  # the losses behind the gradients each optimizer holds
         self._last: Tensor | None = None
-        self._refused = False
+        self._refused = self._within = False
         self._unscaled: set[int] = set()
         self.gently = False  # a toggle chooses whose gradients are taken, and switches nothing off: what a capture does
         self.toggles = False
@@ -217,7 +223,7 @@ class ManualStep:
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
         self.moved, self._last, self._refused = [0] * len(self._optimizers), None, False
-        self._verbs.acts = self
+        self._verbs.acts, self._within = self, True
         if self._scaler is not None:
             self._scaler.gather()
         try:
@@ -226,6 +232,7 @@ class ManualStep:
             if self._scaler is not None:
                 self._scaler.settle()
             self.toggle(None)
+            self._within = False
         keys, values = keys_and_values(items)
         self._keys = keys if keys != self._keys else self._keys
         loss = loss_of(output)
@@ -316,6 +323,9 @@ class ManualStep:
 
     def move(self, index: int, args: tuple[Any, ...]) -> None:
         self._schedulers[index].step(*args)
+
+    def taken(self) -> int:
+        return max(self.moved, default=0) if self._within else 0
 
     def _step_by_closure(self, index: int, closure: Callable[[], Any] | None) -> Any:
         def prepared() -> Any:

@@ -210,6 +210,7 @@ class _Acts:
         self.host, self._ops = host, ops()
         self.toggled = -1
         self.ever_toggled = False
+        self.moved: tuple[int, ...] = ()  # steps of each optimizer in the graph that is being traced
         self.scale: Tensor | None = None
         self.order: Tensor = host.order
         self.last: Tensor | None = None
@@ -237,6 +238,7 @@ class _Acts:
         host = self.host
         with torch.no_grad():
             self._ops.step(host.number, index, self.order, tuple(host.params[index]))
+        self.moved = tuple(n + (i == index) for i, n in enumerate(self.moved))
         return result
 
     def zero_grad(self, index: int, set_to_none: bool) -> None:
@@ -259,21 +261,29 @@ class _Acts:
             raise CaptureError("a scheduler's step with a metric reads it on the host")
         self._ops.move(self.host.number, index, self.order)
 
+    def taken(self) -> int:
+        if any(self.moved) and self.host.may_refuse:
+            raise CaptureError("global_step behind a step: whether it was taken is not known while the graph runs")
+        return max(self.moved, default=0)
+
 
 def make_manual_step(trainable: Trainable, spec: StepSpec, acts: _Acts) -> Callable[..., Raw]:
     """A whole manual step as a pure function, in the form a tracer takes whole."""
     sink, step, keep, true_dtype = trainable.sink, trainable.step("train"), spec.keep_outputs, TRUE_DTYPES.get(spec.precision)
 
+    optimizers = len(acts.host.params)
+
     def manual_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None, order: Tensor) -> Raw:
         sink.items = []
         acts.order, acts.scale, acts.last, acts.toggled, acts.ever_toggled = order, scale, None, -1, False
+        acts.moved = (0,) * optimizers
         if true_dtype is not None:
             batch = cast_floats(batch, true_dtype)
         with spec.autocast():
             output = unwrapped(step(batch, batch_idx, 0), sink, "train")
         loss, items = loss_of(output), sink.items
         plain = acts.last if loss is None else loss.detach()
-        sink.items, acts.last, acts.toggled, acts.ever_toggled = None, None, -1, False
+        sink.items, acts.last, acts.toggled, acts.ever_toggled, acts.moved = None, None, -1, False, ()
         return Raw(plain, (), items, detached(output) if keep else None)
 
     return manual_step

@@ -693,10 +693,28 @@ class Counts(Accumulates):
         return loss
 
 
-@bug("global_step is raised after the batch, in Lightning at opt.step()")
 def test_a_step_counts_at_once() -> None:
     """Code behind opt.step() reads the new count, as under Lightning."""
     assert trained(Counts, loader(batches())).seen == lightning(Counts).seen
+
+
+class CountsInside(OneOptimizer):
+    """The count before, between and behind the steps is in the loss of the next."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        before = self.global_step
+        for k in range(3):
+            self.critic_step(batch * (1 + self.global_step - before), self.optimizers())
+            self.log(f"count_{k}", float(self.global_step))
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}])
+def test_a_captured_step_counts_at_once(options: dict[str, Any]) -> None:
+    """In one graph, or where a step may be refused in pieces: what Lightning counts."""
+    ours, theirs = trained(CountsInside, loader(batches()), "compile", **options), lightning(CountsInside)
+    same_weights(ours, theirs, ROUNDING)
+    assert ours.result.capture.whole == (not options)
+    assert ours.result.metrics == {k: float(v) for k, v in theirs.trainer.callback_metrics.items()}
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
