@@ -24,7 +24,6 @@ from tests.forms.pairs import (
     assert_resumes,
     batches,
     both,
-    bug,
     loader,
     loss_scale,
     made,
@@ -120,20 +119,6 @@ class Reuses(Lit):
         self.manual_backward(self.of_generator(batch, fake) + self.of_generator(batch, self.fake(batch * 2)))
         generator.step()
         self.untoggle_optimizer(generator)
-
-
-class Penalizes(Lit):
-    """A penalty over what requires a gradient under a toggle; the frozen ones by hand, as CycleGANs do."""
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        critic, _ = self.optimizers()
-        with critic.toggle_model():
-            fake = self.fake(batch)
-            loss = self.of_critic(batch, fake) + 0.1 * sum(p.square().sum() for p in self.parameters() if p.requires_grad)
-            self.log("loss", loss)
-            critic.zero_grad()
-            self.manual_backward(loss)
-            critic.step()
 
 
 class Freezes(Lit):
@@ -305,6 +290,20 @@ class Sgd(Lit):
 
     def by_hand(self) -> list[torch.optim.Optimizer]:
         return [torch.optim.SGD(self.dis.parameters(), lr=0.1), torch.optim.SGD(self.gen.parameters(), lr=0.1)]
+
+
+class Penalizes(Sgd):
+    """A penalty over what requires a gradient under a toggle; the frozen ones by hand, as CycleGANs do."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        critic, _ = self.optimizers()
+        with critic.toggle_model():
+            fake = self.fake(batch)
+            loss = self.of_critic(batch, fake) + 0.1 * sum(p.square().sum() for p in self.parameters() if p.requires_grad)
+            self.log("loss", loss)
+            critic.zero_grad()
+            self.manual_backward(loss)
+            critic.step()
 
 
 class Rates(Sgd):
@@ -578,19 +577,7 @@ EVERY: list[type[Lit]] = [
     OwnOptimizers, Steps, StepsAtEpochs, Plateaus, PlateausAlone, PlateausWithin, StepsInHooks, ZeroesFirst, StepsBefore,
     OwnMethods, WeighsItself,
 ]  # fmt: skip
-CAPTURED_BUGS: dict[type[Lit], str] = {
-    Penalizes: "captured toggles are not seen by code that reads requires_grad",
-}
 AT_ONCE: set[type[Lit]] = {Clips, Repeats, ClampsWeights, AccumulatesLate, Rates, RatesSwitch, Remembers, Direct, TorchClips, Plateaus}
-
-
-def _marked(makes: list[type[Lit]], bugs: dict[type[Lit], str], quick: set[type[Lit]]) -> list[Any]:
-    out = []
-    for make in makes:
-        marks = [bug(bugs[make])] if make in bugs else []
-        marks += [] if make in quick else [slow]
-        out.append(pytest.param(make, marks=marks, id=make.__name__))
-    return out
 
 
 @pytest.mark.parametrize("make", EVERY)
@@ -602,7 +589,7 @@ def test_every_verb_is_lightnings(make: type[Lit]) -> None:
     assert ours.result.metrics == {k: float(v) for k, v in theirs.trainer.callback_metrics.items()}
 
 
-@pytest.mark.parametrize("make", _marked(EVERY, CAPTURED_BUGS, AT_ONCE))
+@pytest.mark.parametrize("make", [m if m in AT_ONCE else pytest.param(m, marks=slow) for m in EVERY])
 def test_every_verb_is_lightnings_when_it_can_be_captured(make: type[Lit]) -> None:
     """Captured or, where it cannot be, eager: the same weights up to rounding, the same notes, the same metrics."""
     ours, theirs = trained(make, loader(batches()), "captured"), lightning(make)
