@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from fasttrain.errors import FasttrainWarning, ModuleError, reject
 from fasttrain.facade import SchedulerConfig
 from fasttrain.forms import Form
+from fasttrain.graphs.tail import frozen
 from fasttrain.run import Run
 
 FORMS = "an optimizer, several, ([optimizers], [schedulers]) or {'optimizer': ..., 'lr_scheduler': ...}"
@@ -91,7 +92,7 @@ def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
             "Build it from self.parameters() of the module you give, after replacing layers."
         )
     if not any(p.requires_grad for p in held):
-        raise ModuleError(f"no parameter of the optimizer trains: all {len(held)} have requires_grad=False. Unfreeze at least one.")
+        raise frozen(optimizer)
 
 
 def step_schedulers(run: Run, configs: Sequence[SchedulerConfig], count: int) -> None:

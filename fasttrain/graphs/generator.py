@@ -12,7 +12,7 @@ from fasttrain.errors import ModuleError
 from fasttrain.graphs.eager import hooked_tail, zero_grad
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, StepOutput, StepSpec, cast_floats, detached, keys_and_values, mean_of, unwrapped
-from fasttrain.graphs.tail import LossScale, trainable_params
+from fasttrain.graphs.tail import LossScale, frozen, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.graphs.turns import OwnGradients
 from fasttrain.module import Trainable, loss_of
@@ -143,8 +143,10 @@ class GeneratorStep:
         loss = loss if divisor == 1 else loss / divisor
         loss = loss if self._scaler is None else loss * self._scaler.tensor
         self._hooks.fire("on_before_backward", loss)
-        more = i + 1 < len(self._optimizers)
-        loss.backward(inputs=trainable_params(optimizer), retain_graph=more)  # type: ignore[no-untyped-call]
+        more, leaves = i + 1 < len(self._optimizers), trainable_params(optimizer)
+        if not leaves:
+            raise frozen(optimizer, f"optimizer {i}")
+        loss.backward(inputs=leaves, retain_graph=more)  # type: ignore[no-untyped-call]
         self._hooks.fire("on_after_backward")
         return plain
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.graphs.program import REFUSED, StepSpec
-from fasttrain.graphs.tail import LossScale, Tail, make_tail, trainable_params
+from fasttrain.graphs.tail import LossScale, Tail, make_tail, still_moved, trainable_params
 from fasttrain.options import Options
 
 _HOSTS: WeakValueDictionary[int, Host] = WeakValueDictionary()
@@ -78,12 +78,15 @@ class Host:
     def bind(self) -> None:
         """(Re)build what depends on which parameters train; gathered gradients stay."""
         before = self.gradients() if hasattr(self, "leaves") else {}
-        self.params: list[list[nn.Parameter]] = [trainable_params(o) for o in self._optimizers]
-        keys = [[(i if self._apart else 0, id(p)) for p in ps] for i, ps in enumerate(self.params)]
-        leaves = {k: p for ks, ps in zip(keys, self.params, strict=True) for k, p in zip(ks, ps, strict=True)}
+        old = getattr(self, "params", [[] for _ in self._optimizers])
+        self.trains = [trainable_params(o) for o in self._optimizers]
+        frozen = [still_moved(ps, [before.get(self._key(i, p)) for p in ps]) for i, ps in enumerate(old)]
+        self.params: list[list[nn.Parameter]] = [[*ps, *more] for ps, more in zip(self.trains, frozen, strict=True)]
+        leaves = {self._key(i, p): p for lists in (self.trains, frozen) for i, ps in enumerate(lists) for p in ps}
         self.keys, self.leaves = list(leaves), list(leaves.values())
+        self.training = len({self._key(i, p) for i, ps in enumerate(self.trains) for p in ps})  # of the leaves; frozen ones follow
         place = {k: j for j, k in enumerate(self.keys)}
-        self.places = [[place[k] for k in ks] for ks in keys]
+        self.places = [[place[self._key(i, p)] for p in ps] for i, ps in enumerate(self.params)]
         self._kept: list[Tensor | None] = [before.get(k) for k in self.keys]
         self._buffers: list[Tensor | None] = [None] * len(self.leaves)
         self.tails: list[Tail] = [
@@ -93,7 +96,10 @@ class Host:
     def changed(self) -> bool:
         """Do other parameters train than when this was bound?"""
         now = [[id(p) for p in trainable_params(o)] for o in self._optimizers]
-        return now != [[id(p) for p in ps] for ps in self.params]
+        return now != [[id(p) for p in ps] for ps in self.trains]
+
+    def _key(self, i: int, p: nn.Parameter) -> Key:
+        return i if self._apart else 0, id(p)
 
     def begin(self, *, last: bool, rescale: float) -> None:
         self.moved, self.refused = [0] * len(self._optimizers), False

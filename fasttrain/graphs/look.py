@@ -16,7 +16,7 @@ from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import ManualStep
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
 from fasttrain.graphs.splits import splitter
-from fasttrain.graphs.tail import trainable_params
+from fasttrain.graphs.tail import frozen, trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable, hiddens_of
 
@@ -92,6 +92,8 @@ def first_part(trainable: Trainable, batch: Any) -> Any:
 def _check_yield(maker: StepMaker, i: int, output: Any) -> None:
     """No other optimizer's parameters are switched off at a yield: only the gradient says what the loss depends on."""
     loss, own = _check(maker, i, output), trainable_params(maker.optimizers[i])
+    if not own:
+        raise frozen(maker.optimizers[i], f"optimizer {i}")
     if all(g is None for g in torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)):
         what = f"loss {i} of {type(maker.trainable.module).__name__}.training_step"
         raise ModuleError(reject(what, "one that depends on none of its optimizer's parameters", f"one that depends on {_leaf(maker, i)}",

@@ -95,12 +95,13 @@ def forward(
 def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Parameter], index: int = 0) -> Callable[..., Raw]:
     """The forward and scaled backward of one batch as a pure function, in the form a tracer takes whole.
 
-    ``index``: the optimizer whose turn it is.
+    ``params``: those that train, and behind them frozen ones, which have no gradient. ``index``: the optimizer whose turn it is.
 
     ``f(batch, batch_idx, divisor, scale)`` where ``divisor`` (batches in the window) and ``scale`` (loss scale)
     are 0-d tensors or None; gradients come back as values, ``p.grad`` is not touched.
     """
-    sink, step, leaves = trainable.sink, trainable.step("train"), tuple(params)
+    sink, step, params = trainable.sink, trainable.step("train"), tuple(params)
+    leaves = sum(p.requires_grad for p in params)
     true_dtype = TRUE_DTYPES.get(spec.precision)
     keep = spec.keep_outputs
 
@@ -113,15 +114,23 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
         loss = loss_of(output)
         if loss is None:  # a batch the module passes over: no gradient, and what it logged
             items, sink.items = sink.items, None
-            return Raw(None, (None,) * len(leaves), items, detached(output) if keep else None)
+            return Raw(None, (None,) * len(params), items, detached(output) if keep else None)
         scaled = loss if divisor is None else loss / divisor
         scaled = scaled if scale is None else scaled * scale
-        grads = torch.autograd.grad(scaled, leaves, allow_unused=True)
+        grads = gradients_of(scaled, params, leaves)
         items = sink.items
         sink.items = None
         return Raw(loss.detach(), grads, items, detached(output) if keep else None)
 
     return micro_step
+
+
+def gradients_of(
+    loss: Tensor, params: tuple[Tensor, ...], leaves: int, gradient: Tensor | None = None, *, retain: bool | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each of ``params``; None for the frozen ones behind the first ``leaves``."""
+    found = torch.autograd.grad(loss, params[:leaves], gradient, retain_graph=retain, allow_unused=True)
+    return (*found, *(None,) * (len(params) - leaves))
 
 
 def make_eval_step(trainable: Trainable, spec: StepSpec, stage: str, *, keep: bool, alone: bool) -> Callable[..., Raw]:

@@ -12,7 +12,18 @@ from fasttrain.errors import CaptureError
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.host import Host, Key, ops
 from fasttrain.graphs.manual import ManualStep, Verbs, one_number
-from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, Raw, StepOutput, StepSpec, cast_floats, detached, mean_of, unwrapped
+from fasttrain.graphs.program import (
+    REFUSED,
+    TRUE_DTYPES,
+    Raw,
+    StepOutput,
+    StepSpec,
+    cast_floats,
+    detached,
+    gradients_of,
+    mean_of,
+    unwrapped,
+)
 from fasttrain.graphs.tail import LossScale
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
@@ -168,7 +179,8 @@ class ScriptStep:
 def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Callable[..., Raw]:
     """A whole generator step as a pure function, in the form a tracer takes whole."""
     sink, step, keep = trainable.sink, trainable.step("train"), spec.keep_outputs
-    true_dtype, params, number = TRUE_DTYPES.get(spec.precision), [tuple(p) for p in host.params], host.number
+    true_dtype, number = TRUE_DTYPES.get(spec.precision), host.number
+    params = [(tuple(ps), len(trains)) for ps, trains in zip(host.params, host.trains, strict=True)]
     turn = ops().turn
 
     def generator_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None, order: Tensor) -> Raw:
@@ -179,7 +191,7 @@ def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Cal
         outputs: list[Any] = []
         with spec.autocast():
             generator = step(batch, batch_idx, 0)
-        for i, leaves in enumerate(params):
+        for i, (mine, leaves) in enumerate(params):
             with spec.autocast():
                 output = unwrapped(next(generator), sink, "train")
             outputs.append(output)
@@ -188,10 +200,10 @@ def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Cal
                 continue
             scaled = loss if divisor is None else loss / divisor
             scaled = scaled if scale is None else scaled * scale
-            grads = torch.autograd.grad(scaled, leaves, allow_unused=True, retain_graph=True)
+            grads = gradients_of(scaled, mine, leaves, retain=True)
             plain = loss.detach()
             with torch.no_grad():
-                turn(number, i, order, leaves, grads, plain)
+                turn(number, i, order, mine, grads, plain)
             losses.append(plain)
         with spec.autocast():
             for _ in generator:
@@ -222,9 +234,9 @@ class _Acts:
         if self.ever_toggled and self.toggled < 0:
             raise CaptureError("manual_backward after untoggle_optimizer: what was computed under the toggle has no gradient outside it")
         host = self.host
-        leaves = tuple(host.leaves if self.toggled < 0 else host.params[self.toggled])
+        params, leaves = (host.leaves, host.training) if self.toggled < 0 else (host.params[self.toggled], len(host.trains[self.toggled]))
         scaled = loss if self.scale is None else loss * self.scale
-        grads = torch.autograd.grad(scaled, leaves, gradient, allow_unused=True, retain_graph=True)
+        grads = gradients_of(scaled, tuple(params), leaves, gradient, retain=True)
         plain = one_number(loss)
         self.last = plain
         with torch.no_grad():
