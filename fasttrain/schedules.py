@@ -77,8 +77,8 @@ def _frequencies(given: list[Any], form: Form) -> list[int] | None:
     return given
 
 
-def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
-    """Raise ModuleError when an optimizer holds nothing of this module, or nothing that trains."""
+def check_parameters(optimizer: Optimizer, module: nn.Module, *, may_wait: bool) -> None:
+    """Raise ModuleError when an optimizer holds nothing of this module, or nothing that trains (and it may not wait for its time)."""
     if isinstance(optimizer, NoOptimizer):
         return
     mine = {id(p) for p in module.parameters()}
@@ -91,7 +91,7 @@ def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
             f"the optimizer holds {len(held)} parameters and none of them belongs to {name}: it would train another module. "
             "Build it from self.parameters() of the module you give, after replacing layers."
         )
-    if not any(p.requires_grad for p in held):
+    if not may_wait and not any(p.requires_grad for p in held):
         raise frozen(optimizer)
 
 

@@ -170,7 +170,7 @@ def make_maker(run: Run) -> StepMaker:
     parsed = parse_optimizers(trainable.configure_optimizers(), trainable.form)
     trainable.sink.hook = ""
     for optimizer in parsed.optimizers:
-        check_parameters(optimizer, trainable.module)
+        check_parameters(optimizer, trainable.module, may_wait=trainable.form == "manual" and len(parsed.optimizers) > 1)
     run.schedulers = facade.lr_scheduler_configs = parsed.schedulers
     facade.set_optimizers(parsed.optimizers)
     schedulers = [c.scheduler for c in parsed.schedulers]

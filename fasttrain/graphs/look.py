@@ -44,6 +44,8 @@ def _forward(maker: StepMaker, batch: Any, i: int) -> Any:
 
 def _check(maker: StepMaker, i: int, output: Any) -> Tensor:
     name, finite = type(maker.trainable.module).__name__, maker.options.nonfinite == "raise"
+    if (len(maker.optimizers) > 1 or maker.trainable.form == "generator") and not trainable_params(maker.optimizers[i]):
+        raise frozen(maker.optimizers[i], f"optimizer {i}")
     return check_loss(output, name, finite=finite, leaf=_leaf(maker, i))
 
 
@@ -92,8 +94,6 @@ def first_part(trainable: Trainable, batch: Any) -> Any:
 def _check_yield(maker: StepMaker, i: int, output: Any) -> None:
     """No other optimizer's parameters are switched off at a yield: only the gradient says what the loss depends on."""
     loss, own = _check(maker, i, output), trainable_params(maker.optimizers[i])
-    if not own:
-        raise frozen(maker.optimizers[i], f"optimizer {i}")
     if all(g is None for g in torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)):
         what = f"loss {i} of {type(maker.trainable.module).__name__}.training_step"
         raise ModuleError(reject(what, "one that depends on none of its optimizer's parameters", f"one that depends on {_leaf(maker, i)}",

@@ -306,6 +306,25 @@ class Penalizes(Sgd):
             critic.step()
 
 
+class Waits(Sgd):
+    """The generator is frozen until the second epoch, and its turn comes with it."""
+
+    def by_hand(self) -> list[torch.optim.Optimizer]:
+        self.gen.requires_grad_(False)
+        return super().by_hand()
+
+    def on_train_epoch_start(self) -> None:
+        self.gen.requires_grad_(self.current_epoch > 0)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        critic, generator = self.optimizers()
+        self.critic_step(batch, critic)
+        if self.current_epoch:
+            generator.zero_grad()
+            self.manual_backward(self.of_generator(batch, self.fake(batch)))
+            generator.step()
+
+
 class Rates(Sgd):
     """The learning rate written into param_groups before the step, from the batch's number."""
 
@@ -575,7 +594,7 @@ EVERY: list[type[Lit]] = [
     Plain, Toggles, TogglesLate, Reuses, Penalizes, Freezes, Clips, Retains, Weighs, Zeroes, Closes, Accumulates, AccumulatesLate, Repeats,
     Remembers, ClampsWeights, Rates, RatesShrink, RatesSwitch, Direct, TorchClips, ReadsGradients, WritesGradients, Raw, Inner, SecondOrder,
     OwnOptimizers, Steps, StepsAtEpochs, Plateaus, PlateausAlone, PlateausWithin, StepsInHooks, ZeroesFirst, StepsBefore,
-    OwnMethods, WeighsItself,
+    Waits, OwnMethods, WeighsItself,
 ]  # fmt: skip
 AT_ONCE: set[type[Lit]] = {Clips, Repeats, ClampsWeights, AccumulatesLate, Rates, RatesSwitch, Remembers, Direct, TorchClips, Plateaus}
 

@@ -115,6 +115,17 @@ class Frozen(Indexed):
         return super().by_hand()
 
 
+class FrozenLate(Indexed):
+    """The same, frozen when the optimizers are there."""
+
+    def on_fit_start(self) -> None:
+        self.gen.requires_grad_(False)
+
+
+class FrozenLateYields(Yielding):
+    on_fit_start = FrozenLate.on_fit_start
+
+
 @pytest.mark.parametrize("capture", ["eager", "compile"])
 @pytest.mark.parametrize(
     ("make", "words"),
@@ -133,6 +144,8 @@ class Frozen(Indexed):
         (ForeignManual, r"StepLR of another optimizer"),
         (Empty, r"none of them belongs to Empty"),
         (Frozen, r"no parameter of the optimizer trains"),
+        (FrozenLate, r"no parameter of optimizer 1 trains"),
+        (FrozenLateYields, r"no parameter of optimizer 1 trains"),
     ],
 )
 def test_a_module_that_cannot_be_trained_is_refused(make: Any, words: str, capture: str) -> None:
