@@ -101,10 +101,12 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
 def eval_adapter(method: Callable[..., Any], *, alone: bool) -> Callable[[Any, int, int], Any]:
     """``f(batch, batch_idx, dataloader_idx)`` for a step that takes any of them; defaults of the user's own stay.
 
-    ``alone``: there is one loader, so a ``dataloader_idx`` with a default keeps it too.
+    ``alone``: there is one loader, so a ``dataloader_idx`` with a default keeps it too, and ``*rest`` has none.
     """
     parameters = list(inspect.signature(method).parameters.values())
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        if alone:
+            return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx)
         return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx, dataloader_idx)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = [p for p in parameters if p.kind in kinds][:3]
