@@ -43,7 +43,7 @@ def parse_optimizers(returned: Any, form: Form) -> Parsed:
     """The optimizers, whose turn is when, and the schedulers out of what ``configure_optimizers`` returned."""
     what = "what configure_optimizers returned"
     if returned is None and form == "manual":
-        return Parsed([], None, [])
+        return Parsed([NoOptimizer()], None, [])
     if returned is None:
         told = f"configure_optimizers returned None: the steps run and nothing is updated. Return {FORMS}."
         warnings.warn(told, FasttrainWarning, stacklevel=4)

@@ -447,6 +447,7 @@ class OwnOptimizers(Lit):
         return None
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.optimizers().step()  # of nothing
         for i, optimizer in enumerate(self.mine):
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch, i))
