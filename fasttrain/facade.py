@@ -106,12 +106,13 @@ class TrainerFacade:
         self.dataloader_suffix = ""  # inside a batch's hooks, when several loaders are evaluated
         self._known = MetricView()
         self._stamps: dict[str, int] = {}
+        self.taken: Callable[[], int] | None = None  # manual optimization: steps of the batch that is being trained
         self.write_checkpoint: Callable[[Path, bool], Path] | None = None
 
     # -- counts -------------------------------------------------------------------------------------------------
     @property
     def global_step(self) -> int:
-        return self.progress.global_step
+        return self.progress.global_step + (0 if self.taken is None else self.taken())
 
     @property
     def current_epoch(self) -> int:

@@ -36,7 +36,7 @@ def form_of(module: Any, turns: Callable[..., Any] | None) -> Form:
 
 def takes(method: Callable[..., Any], names: tuple[str, ...]) -> bool:
     """Does it have a parameter of one of these names?"""
-    return any(n in names for n in _parameters(method))
+    return any(n in names for n in (*_parameters(method), *_by_name_only(method)))
 
 
 def split_length(module: Any) -> int:
@@ -72,8 +72,9 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
             "training_step takes 'hiddens', but truncated_bptt_steps is not set: set self.truncated_bptt_steps = n in the module's "
             "__init__ (time steps in a split), or leave hiddens out."
         )
+    by_name = {n: _kind(n) for n in _by_name_only(method) if _kind(n) or n in BATCH_IDX}
     kinds = [0] if names[1:] == ["*"] else [_kind(n) for i, n in enumerate(names[1:]) if i == 0 or _kind(n) or n in BATCH_IDX]
-    if not carries and kinds in ([], [0], [1], [0, 1]):  # the plain forms, without a detour: these are traced as they are
+    if not carries and not by_name and kinds in ([], [0], [1], [0, 1]):  # the plain forms, without a detour: these are traced as they are
         if not kinds:
             return lambda batch, batch_idx, optimizer_idx: method(batch)
         if kinds == [0]:
@@ -82,9 +83,9 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
             return lambda batch, batch_idx, optimizer_idx: method(batch, optimizer_idx)
         return lambda batch, batch_idx, optimizer_idx: method(batch, batch_idx, optimizer_idx)
 
-    if carries and kinds == [0, 2]:
+    if carries and not by_name and kinds == [0, 2]:
         return lambda batch, batch_idx, optimizer_idx: method(batch[0], batch_idx, batch[1])
-    if carries and kinds == [0, 1, 2]:
+    if carries and not by_name and kinds == [0, 1, 2]:
         return lambda batch, batch_idx, optimizer_idx: method(batch[0], batch_idx, optimizer_idx, batch[1])
 
     def step(batch: Any, batch_idx: int, optimizer_idx: int) -> Any:
@@ -92,7 +93,7 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
         if carries:
             batch, hiddens = batch
         given = (batch_idx, optimizer_idx, hiddens, 0)
-        return method(batch, *[given[k] for k in kinds])
+        return method(batch, *[given[k] for k in kinds], **{n: given[k] for n, k in by_name.items()})
 
     return step
 
@@ -100,10 +101,12 @@ def train_adapter(method: Callable[..., Any], *, carries: bool) -> Callable[[Any
 def eval_adapter(method: Callable[..., Any], *, alone: bool) -> Callable[[Any, int, int], Any]:
     """``f(batch, batch_idx, dataloader_idx)`` for a step that takes any of them; defaults of the user's own stay.
 
-    ``alone``: there is one loader, so a ``dataloader_idx`` with a default keeps it too.
+    ``alone``: there is one loader, so a ``dataloader_idx`` with a default keeps it too, and ``*rest`` has none.
     """
     parameters = list(inspect.signature(method).parameters.values())
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        if alone:
+            return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx)
         return lambda batch, batch_idx, dataloader_idx: method(batch, batch_idx, dataloader_idx)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = [p for p in parameters if p.kind in kinds][:3]
@@ -159,6 +162,13 @@ def _kind(name: str) -> int:
     if name in OPTIMIZER_IDX:
         return 1
     return 2 if name in HIDDENS else 3 if name in DATALOADER_IDX else 0
+
+
+def _by_name_only(method: Callable[..., Any]) -> list[str]:
+    try:
+        return [p.name for p in inspect.signature(method).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    except (TypeError, ValueError):
+        return []
 
 
 def _parameters(method: Callable[..., Any]) -> list[str]:

@@ -25,6 +25,7 @@ from fasttrain.stopping import deadline, finished, granted, save_interrupted, st
 def fit_loop(run: Run) -> None:
     """Train until something says stop. Progress, metrics and the module carry the result."""
     facade, progress = run.facade, run.facade.progress
+    run.trainable.module.zero_grad()
     if run.options.num_sanity_val_steps and run.val and (not progress.epoch_open or progress.phase == "epoch_end"):
         sanity_check(run)
     facade.state.stage = "train"

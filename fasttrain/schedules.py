@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from fasttrain.errors import FasttrainWarning, ModuleError, reject
 from fasttrain.facade import SchedulerConfig
 from fasttrain.forms import Form
+from fasttrain.graphs.tail import frozen
 from fasttrain.run import Run
 
 FORMS = "an optimizer, several, ([optimizers], [schedulers]) or {'optimizer': ..., 'lr_scheduler': ...}"
@@ -42,7 +43,7 @@ def parse_optimizers(returned: Any, form: Form) -> Parsed:
     """The optimizers, whose turn is when, and the schedulers out of what ``configure_optimizers`` returned."""
     what = "what configure_optimizers returned"
     if returned is None and form == "manual":
-        return Parsed([], None, [])
+        return Parsed([NoOptimizer()], None, [])
     if returned is None:
         told = f"configure_optimizers returned None: the steps run and nothing is updated. Return {FORMS}."
         warnings.warn(told, FasttrainWarning, stacklevel=4)
@@ -59,7 +60,10 @@ def parse_optimizers(returned: Any, form: Form) -> Parsed:
                    "Take the turn as an argument, training_step(self, batch, batch_idx, optimizer_idx); or yield one loss for each; "
                    "or set self.automatic_optimization = False and step them yourself.")
         )  # fmt: skip
-    return Parsed(optimizers, _frequencies(frequencies, form), [_config(s, m, optimizers) for s, m in schedulers if s is not None])
+    if form == "generator" and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
+        raise ModuleError(reject(what, "LBFGS, and a training_step that yields", "optimizers that step once a loss",
+                                 "LBFGS asks for its loss again: take optimizer_idx instead of yielding, or step it by hand."))  # fmt: skip
+    return Parsed(optimizers, _frequencies(frequencies, form), [_config(s, m, optimizers, form) for s, m in schedulers if s is not None])
 
 
 def _frequencies(given: list[Any], form: Form) -> list[int] | None:
@@ -73,8 +77,8 @@ def _frequencies(given: list[Any], form: Form) -> list[int] | None:
     return given
 
 
-def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
-    """Raise ModuleError when an optimizer holds nothing of this module, or nothing that trains."""
+def check_parameters(optimizer: Optimizer, module: nn.Module, *, may_wait: bool) -> None:
+    """Raise ModuleError when an optimizer holds nothing of this module, or nothing that trains (and it may not wait for its time)."""
     if isinstance(optimizer, NoOptimizer):
         return
     mine = {id(p) for p in module.parameters()}
@@ -87,8 +91,8 @@ def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
             f"the optimizer holds {len(held)} parameters and none of them belongs to {name}: it would train another module. "
             "Build it from self.parameters() of the module you give, after replacing layers."
         )
-    if not any(p.requires_grad for p in held):
-        raise ModuleError(f"no parameter of the optimizer trains: all {len(held)} have requires_grad=False. Unfreeze at least one.")
+    if not may_wait and not any(p.requires_grad for p in held):
+        raise frozen(optimizer)
 
 
 def step_schedulers(run: Run, configs: Sequence[SchedulerConfig], count: int) -> None:
@@ -156,7 +160,7 @@ def _split(returned: Any, what: str) -> tuple[list[Any], list[tuple[Any, str | N
     return [returned], [], [None]
 
 
-def _config(scheduler: Any, monitor: str | None, optimizers: Sequence[Optimizer]) -> SchedulerConfig:
+def _config(scheduler: Any, monitor: str | None, optimizers: Sequence[Optimizer], form: Form) -> SchedulerConfig:
     given = dict(scheduler) if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
     unknown = [k for k in given if k not in KEYS]
     if unknown or "scheduler" not in given:
@@ -173,7 +177,7 @@ def _config(scheduler: Any, monitor: str | None, optimizers: Sequence[Optimizer]
         raise ModuleError(reject("lr_scheduler interval", repr(made.interval), "'step' or 'epoch'", "The default is 'epoch'."))
     if not isinstance(made.frequency, int) or made.frequency < 1:
         raise ModuleError(reject("lr_scheduler frequency", repr(made.frequency), "an integer >= 1", "The default is 1."))
-    if made.reduce_on_plateau and made.monitor is None:
+    if made.reduce_on_plateau and made.monitor is None and form != "manual":
         raise ModuleError(
             "ReduceLROnPlateau without a monitor: say which metric it watches, {'scheduler': scheduler, 'monitor': 'val_loss'}."
         )

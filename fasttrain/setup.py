@@ -66,10 +66,14 @@ def make_run(trainable: Trainable, options: Options, fn: str) -> Run:
 
 
 def _callbacks(trainable: Trainable, options: Options, fn: str) -> list[Any]:
-    """Those that were given and the module's own, and one that saves where checkpoints are wanted and nobody brings any."""
+    """Those that were given, the module's own in the place of others of their kind, and one that saves where checkpoints are
+    wanted and nobody brings any."""
     own = trainable.call("configure_callbacks") or []
-    of_options = [c for c in map(adopt, options.callbacks) if c is not None]
-    callbacks = [*of_options, *(c for c in map(adopt, own if isinstance(own, (list, tuple)) else [own]) if c is not None)]
+    of_module = [(type(c), adopt(c)) for c in (own if isinstance(own, (list, tuple)) else [own])]
+    given = [(type(c), adopt(c)) for c in options.callbacks]
+    of_options = [c for _, c in given if c is not None]
+    kept = [c for kind, c in given if c is not None and not any(issubclass(k, kind) or issubclass(type(o), type(c)) for k, o in of_module)]
+    callbacks = [*kept, *(c for _, c in of_module if c is not None)]
     saves = next((c for c in (callbacks if options.barebones else of_options) if is_checkpoint(c)), None)
     if saves is not None and not options.enable_checkpointing and not options.fast_dev_run:
         off = "barebones=True" if options.barebones else "enable_checkpointing=False"
@@ -170,7 +174,7 @@ def make_maker(run: Run) -> StepMaker:
     parsed = parse_optimizers(trainable.configure_optimizers(), trainable.form)
     trainable.sink.hook = ""
     for optimizer in parsed.optimizers:
-        check_parameters(optimizer, trainable.module)
+        check_parameters(optimizer, trainable.module, may_wait=trainable.form == "manual" and len(parsed.optimizers) > 1)
     run.schedulers = facade.lr_scheduler_configs = parsed.schedulers
     facade.set_optimizers(parsed.optimizers)
     schedulers = [c.scheduler for c in parsed.schedulers]
@@ -186,6 +190,8 @@ def make_maker(run: Run) -> StepMaker:
         seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
     )  # fmt: skip
     if trainable.form == "manual":
+        run.verbs.acts = maker.manual()  # hooks before the first batch may use them
+        facade.taken = run.verbs.taken
         run.schedulers = []  # they move when the module moves them
     return maker
 

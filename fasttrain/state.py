@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass
@@ -73,18 +74,21 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 class Snapshot:
     """Weights, buffers, slots, gradients, random streams and plain attributes of a module, to be put back bit for bit.
 
-    ``others``: further objects (schedulers) whose plain attributes are kept too.
+    ``others``: further objects (schedulers) whose plain attributes are kept too. Optimizers and schedulers that the module
+    itself holds are kept as those that were given.
     """
 
     def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None, others: Sequence[Any] = ()) -> None:
         self._module = module
         self._tensors = [(t, t.detach().clone()) for t in _tensors(module)]
         self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
-        holders: list[Any] = [*module.modules(), *_helpers(module), *(optimizers or []), *others]
+        own = [o for o in _held(module) if all(o is not known for known in (*(optimizers or ()), *others))]
+        optimizers = [*(optimizers or []), *(o for o in own if isinstance(o, torch.optim.Optimizer))]
+        holders: list[Any] = [*module.modules(), *_helpers(module), *optimizers, *others, *(o for o in own if o not in optimizers)]
         self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in holders]
         self._modes = [(m, m.training) for m in module.modules()]
-        self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers or []]
-        self._groups = [(g, {k: (v, _kept(v)) for k, v in g.items() if k != "params"}) for o in optimizers or [] for g in o.param_groups]
+        self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers]
+        self._groups = [(g, {k: (v, _kept(v)) for k, v in g.items() if k != "params"}) for o in optimizers for g in o.param_groups]
         self._registered: list[tuple[Any, dict[str, Any]]] = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers)]
         self._streams = [(s, _stream_state(s)) for m in module.modules() for s in m.__dict__.values() if _is_stream(s)]
         self._rng = rng_state()
@@ -142,6 +146,20 @@ def _helpers(module: nn.Module) -> list[Any]:
     ]  # fmt: skip
 
 
+def _held(module: nn.Module) -> list[Any]:
+    """Optimizers and schedulers on the module's own attributes and those of its helpers, in containers too, each once."""
+    found: dict[int, Any] = {}
+    owners = (*module.modules(), *_helpers(module))
+    stack: list[tuple[Any, int]] = [(v, 0) for o in owners for n, v in o.__dict__.items() if n not in _SKIPPED]
+    while stack:
+        value, depth = stack.pop()
+        if isinstance(value, (torch.optim.Optimizer, LRScheduler)):
+            found[id(value)] = value
+        elif isinstance(value, (*_COPIED, tuple)) and depth < 3 and len(value) <= MOST_HELD:
+            stack += [(v, depth + 1) for v in (value.values() if isinstance(value, dict) else value)]
+    return list(found.values())
+
+
 def _is_stream(value: Any) -> bool:
     """A random generator of the module's own: torch's, Python's or numpy's."""
     return isinstance(value, (torch.Generator, random.Random)) or hasattr(value, "bit_generator")
@@ -182,6 +200,7 @@ def _restore_slots(live: dict[str, Any], saved: Mapping[str, Any]) -> None:
 
 _COPIED = (list, dict, set, collections.deque)
 MOST_NESTED = 4096  # a longer container is data: its elements are kept, not what they hold
+MOST_HELD = 256  # no list of optimizers is longer
 _SKIPPED = ("_parameters", "_buffers", "_modules", "_trainer", "trainer", "training", "param_groups", "state")
 
 

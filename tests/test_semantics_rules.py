@@ -1067,6 +1067,69 @@ def test_a_checkpoint_callback_of_ones_own_is_the_one(tmp_path: Path) -> None:
     assert ours.result.best_checkpoint is None
 
 
+class Notes(pl.Callback):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.notes.append(self.name)
+
+
+class MoreNotes(Notes):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [(["notes"], ["notes"]), (["notes"], ["more"]), (["more"], ["notes"]), (["notes", "notes"], ["more", "more"])],
+)
+def test_a_callback_of_the_modules_replaces_those_of_its_kind(given: list[str], own: list[str]) -> None:
+    """Of its own class, or of one that its class is made from; else both are heard."""
+    kinds = {"notes": Notes, "more": MoreNotes}
+
+    class Brings(m.Base):
+        def build(self) -> None:
+            super().build()
+            self.notes: list[str] = []
+
+        def configure_callbacks(self) -> Any:
+            return [kinds[k](f"own {k}") for k in own]
+
+    heard = []
+    for fit in (fast_fit, lightning_fit):
+        callbacks = [kinds[k](f"given {k}") for k in given]
+        heard.append(fit(Case(Brings, m.labelled, None, {"max_epochs": 1, "callbacks": callbacks})).module.notes)
+    assert heard[0] == heard[1]
+
+
+def test_an_adopted_callback_of_the_modules_replaces_ours() -> None:
+    """Lightning's EarlyStopping in the module, fasttrain's beside it: the module's patience counts."""
+
+    class Brings(m.Base):
+        def configure_callbacks(self) -> Any:
+            return pl.callbacks.EarlyStopping("val_loss", patience=3, mode="max", min_delta=9.0)
+
+    given = EarlyStopping("val_loss", patience=1, mode="max", min_delta=9.0)
+    ours = fast_fit(Case(Brings, m.labelled, m.labelled, {"max_epochs": 9, "callbacks": [given]}))
+    assert ours.epochs == 4
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_what_a_validation_step_of_any_arguments_gets(loaders: int) -> None:
+    """(batch, batch_idx), and the loader's index where there are several."""
+
+    class Any_(m.Base):
+        def build(self) -> None:
+            super().build()
+            self.given: list[Any] = []
+
+        def validation_step(self, batch: Any, *rest: Any) -> None:  # type: ignore[override]
+            self.given.append(rest)
+
+    ours, theirs = both(Any_, m.labelled, lambda: [m.labelled() for _ in range(loaders)], max_epochs=1)
+    assert ours.module.given == theirs.module.given
+
+
 class Thaws(pl.callbacks.BaseFinetuning):
     """The first layer joins in the third epoch, in a group of its own."""
 

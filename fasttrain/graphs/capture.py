@@ -21,6 +21,7 @@ from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obsta
 from fasttrain.graphs.look import first_part, look, toggles_are_local
 from fasttrain.graphs.maker import StepMaker, cut_functions, tried
 from fasttrain.graphs.program import forward
+from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
 from fasttrain.graphs.verify import verified
@@ -70,6 +71,8 @@ def capture_step(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[
     Raises CaptureError when a rung was named and cannot be had.
     """
     step, report = _choose(maker, batch, remaining_steps)
+    if isinstance(step, ScriptStep):
+        step.take_gradients()
     if maker.options.verify and step.rung != "eager":
         return verified(maker, step, report), report
     return step, report

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, keys_and_values, make_micro_step
-from fasttrain.graphs.tail import LossScale, Tail, make_tail, trainable_params
+from fasttrain.graphs.tail import LossScale, Tail, frozen, make_tail, still_moved, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -36,7 +36,7 @@ class CompileStep:
         self._grads: Sequence[Tensor | None] | None = None
         self._bad: Tensor | None = None
         self.epoch = 0
-        self.params = trainable_params(optimizer)
+        self.params = self._leaves = trainable_params(optimizer)
         self.call = TracedCall(
             make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build, graph=graph,
             extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
@@ -112,16 +112,18 @@ class CompileStep:
         self._bad = torch.zeros((), device=self._spec.device)
 
     def _recheck(self) -> None:
-        if len(self.params) != len(now := trainable_params(self._optimizer)) or any(
-            a is not b for a, b in zip(now, self.params, strict=True)
+        if len(self._leaves) != len(now := trainable_params(self._optimizer)) or any(
+            a is not b for a, b in zip(now, self._leaves, strict=True)
         ):
-            grads, old = self._grads, self.params
-            self.params = now
-            self.call.bind(make_micro_step(self._trainable, self._spec, now, self._index))
+            if not now:
+                raise frozen(self._optimizer, f"optimizer {self._index}")
+            grads, old, self._leaves = self._grads, self.params, now
+            self.params = [*now, *still_moved(old, grads or ())]
+            self.call.bind(make_micro_step(self._trainable, self._spec, self.params, self._index))
             self._bind_tail()
             if grads is not None:
                 by_id = {id(p): g for p, g in zip(old, grads, strict=True)}
-                self._grads = [by_id.get(id(p)) for p in now]
+                self._grads = [by_id.get(id(p)) for p in self.params]
         self.call.forget_moved()
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params):
             self.call.failed, self.call.plan = True, None  # only op by op are they called

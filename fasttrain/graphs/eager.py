@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fasttrain.errors import ModuleError
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, forward, keys_and_values
-from fasttrain.graphs.tail import GradientNorms, LossScale, StockTail
+from fasttrain.graphs.tail import GradientNorms, LossScale, StockTail, frozen, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options
@@ -134,6 +134,8 @@ class EagerStep:
         self._hooks.fire("on_before_backward", loss)
         if self._hooks.owned("backward"):
             self._hooks.call("backward", loss=loss, optimizer=self._optimizer, optimizer_idx=self._index)
+        elif not loss.requires_grad and not trainable_params(self._optimizer):
+            raise frozen(self._optimizer, f"optimizer {self._index}")
         else:
             loss.backward()  # type: ignore[no-untyped-call]
         self._hooks.fire("on_after_backward")

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.errors import ModuleError
 from fasttrain.graphs.eager import hooked_tail, zero_grad
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, StepOutput, StepSpec, cast_floats, detached, keys_and_values, mean_of, unwrapped
-from fasttrain.graphs.tail import LossScale, trainable_params
+from fasttrain.graphs.tail import LossScale, frozen, trainable_params
 from fasttrain.graphs.traced import TracedCall
+from fasttrain.graphs.turns import OwnGradients
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options
 from fasttrain.results import LogKey, Obstacle
@@ -35,8 +36,9 @@ class GeneratorStep:
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizers, self._scaler = trainable, spec, optimizers, scaler
         self._hooks = hooks
-        self.check: Callable[[Any], Any] | None = None  # of each yield, in the dry look
+        self.check: Callable[[int, Any], Any] | None = None  # of each yield, in the dry look
         self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks, spec.norms) for i, o in enumerate(optimizers)]
+        self._own = OwnGradients(optimizers)
         self.epoch = 0
         self.moved = [0] * len(optimizers)
         self._bad: list[Tensor | None] = [None] * len(optimizers)
@@ -55,10 +57,12 @@ class GeneratorStep:
         try:
             for i, yielded in enumerate(self._yields(batch, batch_idx)):
                 output = unwrapped(yielded, sink, "train")
+                self._own.enter(i)
                 losses.append(self._turn(i, output, batch_idx, first, divisor))
                 outputs.append(detached(output))
                 if last:
                     self._update(i, divisor / self.opened)
+                self._own.leave(i, open=self._bad[i] is not None)
             items = sink.items
         finally:
             sink.items = None
@@ -73,7 +77,9 @@ class GeneratorStep:
             if self._scaler is not None:
                 self._scaler.gather()
             for i in range(len(self._optimizers)):
+                self._own.enter(i)
                 self._update(i, rescale)
+                self._own.leave(i, open=False)
             if self._scaler is not None:
                 self._scaler.settle()
         return self._result or max(self.moved)
@@ -82,13 +88,28 @@ class GeneratorStep:
         """Nothing is kept that user code could have changed."""
 
     def gradients(self) -> dict[str, Tensor]:
-        return {n: p.grad for n, p in self._trainable.module.named_parameters() if p.grad is not None}
+        """By "optimizer:name"."""
+        held: dict[str, Tensor] = {}
+        for i, mine in enumerate(self._named()):
+            self._own.enter(i)
+            held |= {f"{i}:{n}": p.grad for n, p in mine.items() if p.grad is not None and self._bad[i] is not None}
+        return held
 
     def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
         self.opened = opened
-        for name, p in self._trainable.module.named_parameters():
-            p.grad = gradients[name].to(p.device).clone() if name in gradients else None
-        self._bad = [torch.zeros((), device=self._spec.device) for _ in self._optimizers]
+        for i, mine in enumerate(self._named()):
+            for name, p in mine.items():
+                g = gradients.get(f"{i}:{name}")
+                p.grad = None if g is None else g.to(p.device).clone()
+            gathered = any(n.startswith(f"{i}:") for n in gradients)
+            self._bad[i] = torch.zeros((), device=self._spec.device) if gathered else None
+            self._own.leave(i, open=gathered)
+
+    def _named(self) -> list[dict[str, nn.Parameter]]:
+        """Every optimizer's parameters by name."""
+        names = {id(p): n for n, p in self._trainable.module.named_parameters()}
+        held = [[p for g in o.param_groups for p in g["params"]] for o in self._optimizers]
+        return [{names[id(p)]: p for p in mine if id(p) in names} for mine in held]
 
     def _yields(self, batch: Any, batch_idx: int) -> Iterator[Any]:
         """What the module's generator yields, one for each optimizer: no more, no less."""
@@ -113,7 +134,7 @@ class GeneratorStep:
             self._bad[i] = None
             zero_grad(optimizer, i, self.epoch, batch_idx, self._hooks)
         if self.check is not None and output is not None:
-            self.check(output)
+            self.check(i, output)
         if loss is None:
             return None
         plain = loss.detach()
@@ -122,8 +143,10 @@ class GeneratorStep:
         loss = loss if divisor == 1 else loss / divisor
         loss = loss if self._scaler is None else loss * self._scaler.tensor
         self._hooks.fire("on_before_backward", loss)
-        more = i + 1 < len(self._optimizers)
-        loss.backward(inputs=trainable_params(optimizer), retain_graph=more)  # type: ignore[no-untyped-call]
+        more, leaves = i + 1 < len(self._optimizers), trainable_params(optimizer)
+        if not leaves:
+            raise frozen(optimizer, f"optimizer {i}")
+        loss.backward(inputs=leaves, retain_graph=more)  # type: ignore[no-untyped-call]
         self._hooks.fire("on_after_backward")
         return plain
 

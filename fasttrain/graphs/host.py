@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.graphs.program import REFUSED, StepSpec
-from fasttrain.graphs.tail import LossScale, Tail, make_tail, trainable_params
+from fasttrain.graphs.tail import LossScale, Tail, make_tail, still_moved, trainable_params
 from fasttrain.options import Options
 
 _HOSTS: WeakValueDictionary[int, Host] = WeakValueDictionary()
+Key = tuple[int, int]  # the optimizer (0 where gradients are not apart) and the parameter's id
 _SCHEMAS = {
     # ``order`` is written by all of them and by nothing else: they run in the order of the program
     "turn": "(int host, int index, Tensor(a!) order, Tensor(b!)[] params, Tensor?[] grads, Tensor loss) -> ()",
@@ -53,18 +54,20 @@ def _nothing(*args: Any) -> None:
 class Host:
     """Gradients and updates of several optimizers in one captured step.
 
+    ``apart``: a parameter that two optimizers hold has a gradient for each, else one for both, as ``p.grad`` is.
     ``begin`` and ``end`` stand around a batch; between them the graph calls ``turn``, ``add``, ``step``, ``zero``, ``clip``, ``move``.
     """
 
     def __init__(
         self, optimizers: Sequence[torch.optim.Optimizer], options: Options, scaler: LossScale | None, schedulers: Sequence[Any],
-        spec: StepSpec,
+        spec: StepSpec, *, apart: bool,
     ) -> None:  # fmt: skip
         ops()
         self.number = next(i for i in range(len(_HOSTS) + 1) if i not in _HOSTS)
         _HOSTS[self.number] = self
         self._optimizers, self._options, self._scaler, self._schedulers = optimizers, options, scaler, schedulers
-        self._norms = spec.norms
+        self._norms, self._apart = spec.norms, apart
+        self.may_refuse = scaler is not None or options.nonfinite == "skip"  # a step, and the run goes on
         self.order = torch.zeros((), device=spec.device)
         self.moved = [0] * len(optimizers)
         self.refused = False
@@ -74,12 +77,17 @@ class Host:
 
     def bind(self) -> None:
         """(Re)build what depends on which parameters train; gathered gradients stay."""
-        before = dict(zip(map(id, getattr(self, "leaves", ())), getattr(self, "_kept", ()), strict=True))
-        self.params: list[list[nn.Parameter]] = [trainable_params(o) for o in self._optimizers]
-        self.leaves = list({id(p): p for ps in self.params for p in ps}.values())
-        place = {id(p): i for i, p in enumerate(self.leaves)}
-        self.places = [[place[id(p)] for p in ps] for ps in self.params]
-        self._kept: list[Tensor | None] = [before.get(id(p)) for p in self.leaves]
+        before = self.gradients() if hasattr(self, "leaves") else {}
+        old = getattr(self, "params", [[] for _ in self._optimizers])
+        self.trains = [trainable_params(o) for o in self._optimizers]
+        frozen = [still_moved(ps, [before.get(self._key(i, p)) for p in ps]) for i, ps in enumerate(old)]
+        self.params: list[list[nn.Parameter]] = [[*ps, *more] for ps, more in zip(self.trains, frozen, strict=True)]
+        leaves = {self._key(i, p): p for lists in (self.trains, frozen) for i, ps in enumerate(lists) for p in ps}
+        self.keys, self.leaves = list(leaves), list(leaves.values())
+        self.training = len({self._key(i, p) for i, ps in enumerate(self.trains) for p in ps})  # of the leaves; frozen ones follow
+        place = {k: j for j, k in enumerate(self.keys)}
+        self.places = [[place[self._key(i, p)] for p in ps] for i, ps in enumerate(self.params)]
+        self._kept: list[Tensor | None] = [before.get(k) for k in self.keys]
         self._buffers: list[Tensor | None] = [None] * len(self.leaves)
         self.tails: list[Tail] = [
             make_tail(o, ps, self._options, self._scaler, self._norms) for o, ps in zip(self._optimizers, self.params, strict=True)
@@ -88,7 +96,10 @@ class Host:
     def changed(self) -> bool:
         """Do other parameters train than when this was bound?"""
         now = [[id(p) for p in trainable_params(o)] for o in self._optimizers]
-        return now != [[id(p) for p in ps] for ps in self.params]
+        return now != [[id(p) for p in ps] for ps in self.trains]
+
+    def _key(self, i: int, p: nn.Parameter) -> Key:
+        return i if self._apart else 0, id(p)
 
     def begin(self, *, last: bool, rescale: float) -> None:
         self.moved, self.refused = [0] * len(self._optimizers), False
@@ -116,13 +127,15 @@ class Host:
     def open(self) -> bool:
         return any(b is not None for b in self._bad)
 
-    def gradients(self) -> dict[int, Tensor]:
-        """What was gathered and not used yet, by the parameter's id."""
-        return {id(p): g for p, g in zip(self.leaves, self._kept, strict=True) if g is not None}
+    def gradients(self) -> dict[Key, Tensor]:
+        """What was gathered and not used yet."""
+        return {k: g for k, g in zip(self.keys, self._kept, strict=True) if g is not None}
 
-    def load_gradients(self, by_id: dict[int, Tensor]) -> None:
-        self._kept = [by_id.get(id(p)) for p in self.leaves]
-        self._bad = [torch.zeros((), device=self.order.device) for _ in self.params]
+    def load_gradients(self, gradients: dict[Key, Tensor]) -> None:
+        self._kept = [gradients.get(k) for k in self.keys]
+        for i, places in enumerate(self.places):
+            gathered = not self._apart or any(self._kept[j] is not None for j in places)
+            self._bad[i] = torch.zeros((), device=self.order.device) if gathered else None
 
     # -- the operations -----------------------------------------------------------------------------------------
     @torch.no_grad()

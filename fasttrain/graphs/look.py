@@ -16,6 +16,7 @@ from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import ManualStep
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
 from fasttrain.graphs.splits import splitter
+from fasttrain.graphs.tail import frozen, trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable, hiddens_of
 
@@ -37,8 +38,21 @@ def _forward(maker: StepMaker, batch: Any, i: int) -> Any:
     output, items = forward(maker.trainable, maker.spec, "train", batch, 0, i)
     keys_and_values(items)
     if output is not None:
-        check_loss(output, type(maker.trainable.module).__name__, finite=maker.options.nonfinite == "raise")
+        _check(maker, i, output)
     return output
+
+
+def _check(maker: StepMaker, i: int, output: Any) -> Tensor:
+    name, finite = type(maker.trainable.module).__name__, maker.options.nonfinite == "raise"
+    if (len(maker.optimizers) > 1 or maker.trainable.form == "generator") and not trainable_params(maker.optimizers[i]):
+        raise frozen(maker.optimizers[i], f"optimizer {i}")
+    return check_loss(output, name, finite=finite, leaf=_leaf(maker, i))
+
+
+def _leaf(maker: StepMaker, i: int) -> str:
+    """What the loss of optimizer ``i`` must depend on."""
+    alone = len(maker.optimizers) == 1
+    return "a trainable parameter" if alone else f"a trainable parameter of optimizer {i}, {type(maker.optimizers[i]).__name__}"
 
 
 def _splits(maker: StepMaker, batch: Any) -> None:
@@ -77,13 +91,21 @@ def first_part(trainable: Trainable, batch: Any) -> Any:
     return Carried(splitter(trainable)(batch)[0], None) if trainable.split_length else batch
 
 
+def _check_yield(maker: StepMaker, i: int, output: Any) -> None:
+    """No other optimizer's parameters are switched off at a yield: only the gradient says what the loss depends on."""
+    loss, own = _check(maker, i, output), trainable_params(maker.optimizers[i])
+    if all(g is None for g in torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)):
+        what = f"loss {i} of {type(maker.trainable.module).__name__}.training_step"
+        raise ModuleError(reject(what, "one that depends on none of its optimizer's parameters", f"one that depends on {_leaf(maker, i)}",
+                                 "Yield the losses in the order of the optimizers."))  # fmt: skip
+
+
 def _whole_step(maker: StepMaker, batch: Any) -> None:
     """Updates and all: only a whole run of it says how many losses come, and what the verbs are called with."""
     step = maker.eager()
     inner = getattr(step, "step", step)
     if isinstance(inner, GeneratorStep):
-        name, finite = type(maker.trainable.module).__name__, maker.options.nonfinite == "raise"
-        inner.check = lambda output: check_loss(output, name, finite=finite)
+        inner.check = lambda i, output: _check_yield(maker, i, output)
     step.micro_step(batch, 0, first=True, last=True, divisor=1)
     if step.update_step(1.0) == REFUSED and maker.options.nonfinite == "raise" and maker.scaler is None:
         got = "one that is not finite on the first batch"

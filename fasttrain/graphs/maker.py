@@ -53,12 +53,16 @@ class StepMaker:
         """The truth: every form in plain torch."""
         return self._split(self._eager())
 
+    def manual(self, cut: CutFunction | None = None) -> ManualStep:
+        given = (self.trainable, self.spec, self.optimizers, self.schedulers, self.options, self.scaler)
+        return ManualStep(*given, self.verbs, self.hooks, cut)
+
     def captured(self, build: Build, *, graph: bool = False) -> Step:
         """The compile (or graph) rung of this module's form."""
         form = self.trainable.form
         step: Step
         if build.cut and form == "manual":
-            step = self._manual(CutFunction(self.trainable.step("train"), self.spec, build))
+            step = self.manual(CutFunction(self.trainable.step("train"), self.spec, build))
         elif build.cut:
             step = self._turns([self._cut_one(i, build) for i in range(len(self.optimizers))])
         elif form in ("generator", "manual"):
@@ -104,16 +108,12 @@ class StepMaker:
     def _eager(self) -> Step:
         form, common = self.trainable.form, (self.options, self.scaler)
         if form == "manual":
-            return self._manual(None)
+            return self.manual()
         if form == "generator":
             return GeneratorStep(self.trainable, self.spec, self.optimizers, *common, self.hooks)
         return self._turns(
             [EagerStep(self.trainable, self.spec, o, trainable_params(o), *common, self.hooks, i) for i, o in enumerate(self.optimizers)]
         )
-
-    def _manual(self, cut: CutFunction | None) -> ManualStep:
-        given = (self.trainable, self.spec, self.optimizers, self.schedulers, self.options, self.scaler)
-        return ManualStep(*given, self.verbs, self.hooks, cut)
 
     def _captured_one(self, i: int, build: Build, graph: bool) -> Step:
         optimizer = self.optimizers[i]

@@ -36,6 +36,8 @@ class Acts(Protocol):
 
     def move(self, index: int, args: tuple[Any, ...]) -> None: ...
 
+    def taken(self) -> int: ...
+
 
 class ManualOptimizer:
     """What ``self.optimizers()`` gives: the optimizer, with ``step`` and ``zero_grad`` under the run's precision."""
@@ -166,9 +168,13 @@ class Verbs:
             return
         self.carrier().clip(self._index_of(optimizer), gradient_clip_val, gradient_clip_algorithm or "norm")
 
+    def taken(self) -> int:
+        """Steps taken so far by the training_step that runs; ``global_step`` does not have them yet."""
+        return 0 if self.acts is None else self.acts.taken()
+
     def carrier(self) -> Acts:
         if self.acts is None:
-            raise ModuleError("manual_backward, step and zero_grad belong into training_step (or a hook of it): nothing is trained now.")
+            raise ModuleError("manual_backward, step and zero_grad belong into training_step or a hook of the run: nothing is trained now.")
         return self.acts
 
     def _index_of(self, optimizer: Any) -> int:
@@ -176,6 +182,11 @@ class Verbs:
             if optimizer is mine or optimizer is mine.optimizer or optimizer is self._optimizers[i]:
                 return i
         raise ModuleError(reject("optimizer", type(optimizer).__name__, "one of self.optimizers()", "Take it from there."))
+
+
+def one_number(loss: Tensor) -> Tensor:
+    """What the bar shows and the finite test reads of a loss, or of a vector that was given a gradient."""
+    return loss.detach() if loss.numel() == 1 else loss.detach().mean()
 
 
 class ManualStep:
@@ -202,7 +213,7 @@ class ManualStep:
         self.moved = [0] * len(optimizers)
         self._bad: list[Tensor | None] = [None] * len(optimizers)  # the losses behind the gradients each optimizer holds
         self._last: Tensor | None = None
-        self._refused = False
+        self._refused = self._within = False
         self._unscaled: set[int] = set()
         self.gently = False  # a toggle chooses whose gradients are taken, and switches nothing off: what a capture does
         self.toggles = False
@@ -212,7 +223,7 @@ class ManualStep:
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
         self.moved, self._last, self._refused = [0] * len(self._optimizers), None, False
-        self._verbs.acts = self
+        self._verbs.acts, self._within = self, True
         if self._scaler is not None:
             self._scaler.gather()
         try:
@@ -221,6 +232,7 @@ class ManualStep:
             if self._scaler is not None:
                 self._scaler.settle()
             self.toggle(None)
+            self._within = False
         keys, values = keys_and_values(items)
         self._keys = keys if keys != self._keys else self._keys
         loss = loss_of(output)
@@ -243,7 +255,7 @@ class ManualStep:
 
     # -- the verbs ----------------------------------------------------------------------------------------------
     def backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._last = plain = loss.detach()
+        self._last = plain = one_number(loss)
         for i, optimizer in enumerate(self._optimizers):
             held = any(p.grad is not None for g in optimizer.param_groups for p in g["params"])
             bad = self._bad[i] if held else None
@@ -252,7 +264,9 @@ class ManualStep:
             loss = loss * self._scaler.tensor
         self._hooks.fire("on_before_backward", loss)
         if self.gently:
-            self._into_leaves(loss)
+            self._into_leaves(loss, args[0] if args else kwargs.get("gradient"))
+        elif self._hooks.owned("backward") and (args or kwargs):
+            self._trainable.module.backward(loss, *args, **kwargs)  # type: ignore[operator]
         elif self._hooks.owned("backward"):
             self._hooks.call("backward", loss=loss)
         else:
@@ -286,10 +300,10 @@ class ManualStep:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1.0 / self._scaler.value)
         clip_gradients(self._optimizers[index], value, algorithm)
 
-    def _into_leaves(self, loss: Tensor) -> None:
+    def _into_leaves(self, loss: Tensor, gradient: Tensor | None) -> None:
         chosen = self._optimizers if self._toggled is None else [self._optimizers[self._toggled]]
         leaves = list({id(p): p for o in chosen for p in trainable_params(o)}.values())
-        for p, g in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True), strict=True):
+        for p, g in zip(leaves, torch.autograd.grad(loss, leaves, gradient, allow_unused=True, retain_graph=True), strict=True):
             if g is not None:
                 p.grad = g.clone() if p.grad is None else p.grad + g
 
@@ -309,6 +323,9 @@ class ManualStep:
 
     def move(self, index: int, args: tuple[Any, ...]) -> None:
         self._schedulers[index].step(*args)
+
+    def taken(self) -> int:
+        return max(self.moved, default=0) if self._within else 0
 
     def _step_by_closure(self, index: int, closure: Callable[[], Any] | None) -> Any:
         def prepared() -> Any:

@@ -13,7 +13,7 @@ from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, make_micro_step
-from fasttrain.graphs.tail import FusedTail, LossScale, apart, tail_obstacle, trainable_params
+from fasttrain.graphs.tail import FusedTail, LossScale, apart, frozen, still_moved, tail_obstacle, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -29,7 +29,7 @@ class HookedStep(EagerStep):
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options, scaler: LossScale | None,
         hooks: InStepHooks, index: int = 0,
     ) -> None:  # fmt: skip
-        self.params = trainable_params(optimizer)
+        self.params = self._leaves = trainable_params(optimizer)
         super().__init__(trainable, spec, optimizer, self.params, options, scaler, hooks, index)
         # A module that clips by itself leaves nothing to clip; unscaling comes before the hooks, so it is torch's.
         self._fused_options = replace(options, gradient_clip_val=None) if self.tail.clip is not None else options
@@ -54,9 +54,11 @@ class HookedStep(EagerStep):
     def _look_again(self) -> bool:
         """Somebody's code ran: do other parameters train now?"""
         now = trainable_params(self._optimizer)
-        changed = [id(p) for p in now] != [id(p) for p in self.params]
+        changed = [id(p) for p in now] != [id(p) for p in self._leaves]
+        if changed and not now:
+            raise frozen(self._optimizer, f"optimizer {self._index}")
         if changed:
-            self.params = now
+            self.params, self._leaves = [*now, *still_moved(self.params, [p.grad for p in self.params])], now
             self._bind_tail()
         if self._fused is not None:
             self._fused.refresh()

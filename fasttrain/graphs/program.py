@@ -95,12 +95,13 @@ def forward(
 def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Parameter], index: int = 0) -> Callable[..., Raw]:
     """The forward and scaled backward of one batch as a pure function, in the form a tracer takes whole.
 
-    ``index``: the optimizer whose turn it is.
+    ``params``: those that train, and behind them frozen ones, which have no gradient. ``index``: the optimizer whose turn it is.
 
     ``f(batch, batch_idx, divisor, scale)`` where ``divisor`` (batches in the window) and ``scale`` (loss scale)
     are 0-d tensors or None; gradients come back as values, ``p.grad`` is not touched.
     """
-    sink, step, leaves = trainable.sink, trainable.step("train"), tuple(params)
+    sink, step, params = trainable.sink, trainable.step("train"), tuple(params)
+    leaves = sum(p.requires_grad for p in params)
     true_dtype = TRUE_DTYPES.get(spec.precision)
     keep = spec.keep_outputs
 
@@ -113,15 +114,23 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
         loss = loss_of(output)
         if loss is None:  # a batch the module passes over: no gradient, and what it logged
             items, sink.items = sink.items, None
-            return Raw(None, (None,) * len(leaves), items, detached(output) if keep else None)
+            return Raw(None, (None,) * len(params), items, detached(output) if keep else None)
         scaled = loss if divisor is None else loss / divisor
         scaled = scaled if scale is None else scaled * scale
-        grads = torch.autograd.grad(scaled, leaves, allow_unused=True)
+        grads = gradients_of(scaled, params, leaves)
         items = sink.items
         sink.items = None
         return Raw(loss.detach(), grads, items, detached(output) if keep else None)
 
     return micro_step
+
+
+def gradients_of(
+    loss: Tensor, params: tuple[Tensor, ...], leaves: int, gradient: Tensor | None = None, *, retain: bool | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each of ``params``; None for the frozen ones behind the first ``leaves``."""
+    found = torch.autograd.grad(loss, params[:leaves], gradient, retain_graph=retain, allow_unused=True)
+    return (*found, *(None,) * (len(params) - leaves))
 
 
 def make_eval_step(trainable: Trainable, spec: StepSpec, stage: str, *, keep: bool, alone: bool) -> Callable[..., Raw]:
@@ -165,8 +174,8 @@ def keys_and_values(items: Sequence[tuple[Any, ...]], suffix: str = "") -> tuple
     return keys, [item[1] for item in items]
 
 
-def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:
-    """The loss, or a ModuleError that says what came instead. Host read: only the dry look calls this."""
+def check_loss(output: Any, module_name: str, *, finite: bool, leaf: str = "a trainable parameter") -> Tensor:
+    """The loss, which depends on a ``leaf``, or a ModuleError that says what came instead. Host read: only the dry look calls this."""
     loss: Any = output if isinstance(output, (int, float)) else loss_of(output)
     what = f"the loss of {module_name}.training_step"
     if loss is None:
@@ -179,7 +188,7 @@ def check_loss(output: Any, module_name: str, *, finite: bool) -> Tensor:
     if loss.numel() != 1:
         raise ModuleError(reject(what, f"shape {list(loss.shape)}", "one number", "Reduce it, e.g. loss.mean()."))
     if not loss.requires_grad:
-        raise ModuleError(reject(what, "a tensor without a gradient", "one that depends on a trainable parameter",
+        raise ModuleError(reject(what, "a tensor without a gradient", f"one that depends on {leaf}",
                                  "Look for .detach(), .item(), torch.no_grad() or argmax on the way to the loss."))  # fmt: skip
     if finite and not bool(torch.isfinite(loss.detach())):
         raise ModuleError(reject(what, f"{float(loss.detach())} on the first batch", "a finite number",

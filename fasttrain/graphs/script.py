@@ -10,9 +10,20 @@ from torch import Tensor
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.generator import GeneratorStep
-from fasttrain.graphs.host import Host, ops
-from fasttrain.graphs.manual import ManualStep, Verbs
-from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, Raw, StepOutput, StepSpec, cast_floats, detached, mean_of, unwrapped
+from fasttrain.graphs.host import Host, Key, ops
+from fasttrain.graphs.manual import ManualStep, Verbs, one_number
+from fasttrain.graphs.program import (
+    REFUSED,
+    TRUE_DTYPES,
+    Raw,
+    StepOutput,
+    StepSpec,
+    cast_floats,
+    detached,
+    gradients_of,
+    mean_of,
+    unwrapped,
+)
 from fasttrain.graphs.tail import LossScale
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
@@ -34,7 +45,7 @@ class ScriptStep:
         options: Options, scaler: LossScale | None, verbs: Verbs | None, eager: GeneratorStep | ManualStep, *, build: Build,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._verbs, self.eager = trainable, spec, verbs, eager
-        self.host = Host(optimizers, options, scaler, schedulers, spec)
+        self.host = Host(optimizers, options, scaler, schedulers, spec, apart=verbs is None)
         self.acts = _Acts(self.host)
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
         accumulates = max(options.accumulate_grad_batches.values()) > 1
@@ -130,13 +141,24 @@ class ScriptStep:
         self.call.dirty = True
 
     def gradients(self) -> dict[str, Tensor]:
-        by_id = self.host.gradients()
-        return {n: by_id[id(p)] for n, p in self._trainable.module.named_parameters() if id(p) in by_id}
+        named = self._named()
+        return {named[k]: g for k, g in self.host.gradients().items() if k in named}
 
     def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
         self.opened = opened
-        named = self._trainable.module.named_parameters()
-        self.host.load_gradients({id(p): gradients[n].to(p.device).clone() for n, p in named if n in gradients})
+        self.host.load_gradients({k: gradients[n].to(self._spec.device).clone() for k, n in self._named().items() if n in gradients})
+
+    def take_gradients(self) -> None:
+        """Manual optimization: what hooks have gathered in ``p.grad`` before the first batch is gathered here from now on."""
+        gathered = self.eager.gradients() if self._verbs is not None else {}
+        if gathered:
+            self.load_gradients(gathered, 0)
+            self.eager.load_gradients({}, 0)
+
+    def _named(self) -> dict[Key, str]:
+        """The host's keys as the eager rung names gradients."""
+        names = {id(p): n for n, p in self._trainable.module.named_parameters()}
+        return {(i, p): names[p] if self._verbs is not None else f"{i}:{names[p]}" for i, p in self.host.keys if p in names}
 
     def _recheck(self) -> None:
         if self.host.changed():
@@ -157,7 +179,8 @@ class ScriptStep:
 def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Callable[..., Raw]:
     """A whole generator step as a pure function, in the form a tracer takes whole."""
     sink, step, keep = trainable.sink, trainable.step("train"), spec.keep_outputs
-    true_dtype, params, number = TRUE_DTYPES.get(spec.precision), [tuple(p) for p in host.params], host.number
+    true_dtype, number = TRUE_DTYPES.get(spec.precision), host.number
+    params = [(tuple(ps), len(trains)) for ps, trains in zip(host.params, host.trains, strict=True)]
     turn = ops().turn
 
     def generator_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None, order: Tensor) -> Raw:
@@ -168,7 +191,7 @@ def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Cal
         outputs: list[Any] = []
         with spec.autocast():
             generator = step(batch, batch_idx, 0)
-        for i, leaves in enumerate(params):
+        for i, (mine, leaves) in enumerate(params):
             with spec.autocast():
                 output = unwrapped(next(generator), sink, "train")
             outputs.append(output)
@@ -177,10 +200,10 @@ def make_generator_step(trainable: Trainable, spec: StepSpec, host: Host) -> Cal
                 continue
             scaled = loss if divisor is None else loss / divisor
             scaled = scaled if scale is None else scaled * scale
-            grads = torch.autograd.grad(scaled, leaves, allow_unused=True, retain_graph=True)
+            grads = gradients_of(scaled, mine, leaves, retain=True)
             plain = loss.detach()
             with torch.no_grad():
-                turn(number, i, order, leaves, grads, plain)
+                turn(number, i, order, mine, grads, plain)
             losses.append(plain)
         with spec.autocast():
             for _ in generator:
@@ -199,20 +222,22 @@ class _Acts:
         self.host, self._ops = host, ops()
         self.toggled = -1
         self.ever_toggled = False
+        self.moved: tuple[int, ...] = ()  # steps of each optimizer in the graph that is being traced
         self.scale: Tensor | None = None
         self.order: Tensor = host.order
         self.last: Tensor | None = None
 
     def backward(self, loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args or kwargs.get("gradient") is not None or kwargs.get("inputs") is not None:
-            raise CaptureError("manual_backward with a gradient or inputs of its own")
+        gradient = args[0] if args else kwargs.get("gradient")
+        if kwargs.get("inputs") is not None or len(args) > 3:
+            raise CaptureError("manual_backward with inputs of its own")
         if self.ever_toggled and self.toggled < 0:
             raise CaptureError("manual_backward after untoggle_optimizer: what was computed under the toggle has no gradient outside it")
         host = self.host
-        leaves = tuple(host.leaves if self.toggled < 0 else host.params[self.toggled])
+        params, leaves = (host.leaves, host.training) if self.toggled < 0 else (host.params[self.toggled], len(host.trains[self.toggled]))
         scaled = loss if self.scale is None else loss * self.scale
-        grads = torch.autograd.grad(scaled, leaves, allow_unused=True, retain_graph=True)
-        plain = loss.detach()
+        grads = gradients_of(scaled, tuple(params), leaves, gradient, retain=True)
+        plain = one_number(loss)
         self.last = plain
         with torch.no_grad():
             self._ops.add(host.number, self.toggled, self.order, grads, plain)
@@ -225,6 +250,7 @@ class _Acts:
         host = self.host
         with torch.no_grad():
             self._ops.step(host.number, index, self.order, tuple(host.params[index]))
+        self.moved = tuple(n + (i == index) for i, n in enumerate(self.moved))
         return result
 
     def zero_grad(self, index: int, set_to_none: bool) -> None:
@@ -247,21 +273,29 @@ class _Acts:
             raise CaptureError("a scheduler's step with a metric reads it on the host")
         self._ops.move(self.host.number, index, self.order)
 
+    def taken(self) -> int:
+        if any(self.moved) and self.host.may_refuse:
+            raise CaptureError("global_step behind a step: whether it was taken is not known while the graph runs")
+        return max(self.moved, default=0)
+
 
 def make_manual_step(trainable: Trainable, spec: StepSpec, acts: _Acts) -> Callable[..., Raw]:
     """A whole manual step as a pure function, in the form a tracer takes whole."""
     sink, step, keep, true_dtype = trainable.sink, trainable.step("train"), spec.keep_outputs, TRUE_DTYPES.get(spec.precision)
 
+    optimizers = len(acts.host.params)
+
     def manual_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None, order: Tensor) -> Raw:
         sink.items = []
         acts.order, acts.scale, acts.last, acts.toggled, acts.ever_toggled = order, scale, None, -1, False
+        acts.moved = (0,) * optimizers
         if true_dtype is not None:
             batch = cast_floats(batch, true_dtype)
         with spec.autocast():
             output = unwrapped(step(batch, batch_idx, 0), sink, "train")
         loss, items = loss_of(output), sink.items
         plain = acts.last if loss is None else loss.detach()
-        sink.items, acts.last, acts.toggled, acts.ever_toggled = None, None, -1, False
+        sink.items, acts.last, acts.toggled, acts.ever_toggled, acts.moved = None, None, -1, False, ()
         return Raw(plain, (), items, detached(output) if keep else None)
 
     return manual_step

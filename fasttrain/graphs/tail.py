@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fasttrain.errors import ModuleError
 from fasttrain.kernels.native_tail import NativeTail
 from fasttrain.options import Options
 
@@ -29,6 +30,16 @@ def trainable_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
             if p.requires_grad:
                 seen.setdefault(id(p), p)
     return list(seen.values())
+
+
+def still_moved(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> list[nn.Parameter]:
+    """Those frozen since they were given a gradient of this window: torch's update moves them by it, as ``p.grad`` is there."""
+    return [p for p, g in zip(params, grads, strict=False) if g is not None and not p.requires_grad]
+
+
+def frozen(optimizer: torch.optim.Optimizer, which: str = "the optimizer") -> ModuleError:
+    held = sum(len(g["params"]) for g in optimizer.param_groups)
+    return ModuleError(f"no parameter of {which} trains: all {held} have requires_grad=False. Unfreeze at least one.")
 
 
 class GradientNorms:

@@ -7,13 +7,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.graphs.program import REFUSED, StepOutput, mean_of
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import LossScale
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.results import Obstacle
+
+
+class OwnGradients:
+    """``p.grad`` of parameters that several optimizers hold: over a window, each optimizer's own in its turn."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        held = [{id(p): p for g in o.param_groups for p in g["params"]} for o in optimizers]
+        self._shared = [[p for k, p in mine.items() if sum(k in other for other in held) > 1] for mine in held]
+        self.any = any(self._shared)
+        self._kept: list[dict[nn.Parameter, Tensor]] = [{} for _ in held]  # empty where every window is one batch
+
+    def enter(self, i: int) -> None:
+        if any(self._kept):
+            for p in self._shared[i]:
+                p.grad = self._kept[i].get(p)
+
+    def leave(self, i: int, *, open: bool) -> None:
+        """``open``: the next batch adds to these gradients."""
+        self._kept[i] = {p: p.grad for p in self._shared[i] if p.grad is not None} if open else {}
 
 
 class Turns:
@@ -35,6 +54,7 @@ class Turns:
         self._pending = [0] * len(steps)  # batches whose gradients each optimizer holds
         self._result = 0
         self._others: list[list[torch.Tensor]] | None = None  # parameters of everybody but each optimizer
+        self._own = OwnGradients(optimizers)
 
     @property
     def rung(self) -> str:
@@ -101,7 +121,10 @@ class Turns:
 
     def gradients(self) -> dict[str, Tensor]:
         """By "optimizer:name", and how many batches each optimizer has gathered by "optimizer:"."""
-        held = {f"{i}:{n}": g for i, s in enumerate(self.steps) if self._pending[i] for n, g in s.gradients().items()}
+        held: dict[str, Tensor] = {}
+        for i in self._left_over():
+            self._own.enter(i)
+            held |= {f"{i}:{n}": g for n, g in self.steps[i].gradients().items()}
         return held | {f"{i}:": torch.tensor(n) for i, n in enumerate(self._pending) if n}
 
     def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
@@ -110,6 +133,7 @@ class Turns:
             if mine:
                 self._pending[i] = int(mine.pop(""))
                 step.load_gradients(mine, self._pending[i])
+                self._own.leave(i, open=True)
 
     def _left_over(self) -> list[int]:
         return [i for i, pending in enumerate(self._pending) if pending]
@@ -134,7 +158,7 @@ class Turns:
 
     @contextmanager
     def toggled(self, i: int) -> Iterator[None]:
-        """Only this optimizer's parameters require a gradient within."""
+        """Only this optimizer's parameters require a gradient within, and ``p.grad`` is its own."""
         if self._others is None:
             held = [{id(p): p for g in o.param_groups for p in g["params"]} for o in self._optimizers]
             everybody = {k: p for mine in held for k, p in mine.items()}
@@ -142,8 +166,12 @@ class Turns:
         others = [p for p in self._others[i] if p.requires_grad]
         for p in others:
             p.requires_grad_(False)
+        if self._own.any:
+            self._own.enter(i)
         try:
             yield
         finally:
+            if self._own.any:
+                self._own.leave(i, open=self._pending[i] > 0)
             for p in others:
                 p.requires_grad_(True)

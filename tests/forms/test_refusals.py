@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 import fasttrain
-from tests.forms.pairs import Indexed, Manual, Nets, Yielding, batches, bug, made, slow, trained
+from tests.forms.pairs import Indexed, Manual, Nets, Yielding, batches, close, made, same_weights, slow, trained
 
 
 class OneLoss(Nets):
@@ -21,8 +21,8 @@ class OneLoss(Nets):
 class NamedOnly(Nets):
     """optimizer_idx where it can only be given by name."""
 
-    def training_step(self, batch: Tensor, batch_idx: int, *, optimizer_idx: int) -> Tensor:
-        return self.loss(batch, optimizer_idx)
+    def training_step(self, batch: Tensor, *, optimizer_idx: int, batch_idx: int) -> Tensor:
+        return self.loss(batch + 0 * batch_idx, optimizer_idx)
 
 
 class Few(Nets):
@@ -115,6 +115,17 @@ class Frozen(Indexed):
         return super().by_hand()
 
 
+class FrozenLate(Indexed):
+    """The same, frozen when the optimizers are there."""
+
+    def on_fit_start(self) -> None:
+        self.gen.requires_grad_(False)
+
+
+class FrozenLateYields(Yielding):
+    on_fit_start = FrozenLate.on_fit_start
+
+
 @pytest.mark.parametrize("capture", ["eager", "compile"])
 @pytest.mark.parametrize(
     ("make", "words"),
@@ -133,6 +144,8 @@ class Frozen(Indexed):
         (ForeignManual, r"StepLR of another optimizer"),
         (Empty, r"none of them belongs to Empty"),
         (Frozen, r"no parameter of the optimizer trains"),
+        (FrozenLate, r"no parameter of optimizer 1 trains"),
+        (FrozenLateYields, r"no parameter of optimizer 1 trains"),
     ],
 )
 def test_a_module_that_cannot_be_trained_is_refused(make: Any, words: str, capture: str) -> None:
@@ -144,13 +157,11 @@ def test_a_module_that_cannot_be_trained_is_refused(make: Any, words: str, captu
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
-@bug("said to return one loss: that optimizer_idx is there, but by name only, is not seen")
-def test_an_index_that_can_only_be_named() -> None:
-    """Handed over by name, or said to be the reason."""
-    try:
-        trained(NamedOnly, batches(3))
-    except fasttrain.ModuleError as error:
-        assert "keyword" in str(error) or "by name" in str(error)  # noqa: PT017
+@pytest.mark.parametrize("capture", ["eager", pytest.param("compile", marks=slow)])
+def test_an_index_that_can_only_be_named(capture: str) -> None:
+    """Handed over by name, as the number of the batch is."""
+    ours = trained(NamedOnly, batches(3), capture)
+    same_weights(ours, trained(Indexed, batches(3)), close(capture))
 
 
 def test_an_index_in_any_place_and_with_a_default() -> None:
@@ -228,10 +239,10 @@ def test_turns_are_a_generator_function(given: Any) -> None:
 
 
 def test_verbs_before_training() -> None:
-    """In on_fit_start, where nothing is trained."""
+    """In setup, where there is no optimizer yet."""
 
     class Early(Manual):
-        def on_fit_start(self) -> None:
+        def setup(self, stage: str) -> None:
             self.manual_backward(self.loss(batches(1)[0], 0))
 
     with pytest.raises(fasttrain.ModuleError, match="belong into training_step"):
@@ -261,12 +272,18 @@ class Unrelated(Indexed):
         return self.score(x).mean()
 
 
-@bug("torch's own words eagerly, and silence once captured")
-@pytest.mark.parametrize("capture", ["eager", pytest.param("compile", marks=slow)])
-def test_a_loss_that_does_not_depend_on_its_optimizer(capture: str) -> None:
+class UnrelatedYields(Yielding):
+    """The same, where the critic requires a gradient all the time."""
+
+    of_generator = Unrelated.of_generator
+
+
+@pytest.mark.parametrize("make", [Unrelated, UnrelatedYields])
+@pytest.mark.parametrize("capture", ["eager", "compile"])
+def test_a_loss_that_does_not_depend_on_its_optimizer(make: Any, capture: str) -> None:
     """Which optimizer's loss it is, and that nothing of it trains."""
-    with pytest.raises(fasttrain.FasttrainError, match="optimizer"):
-        trained(Unrelated, batches(3), capture)
+    with pytest.raises(fasttrain.ModuleError, match="wanted one that depends on a trainable parameter of optimizer 1, SGD"):
+        trained(make, batches(3), capture)
 
 
 class SecondOrderYields(Yielding):
@@ -290,7 +307,7 @@ class BackwardItself(Yielding):
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(SecondOrderYields, marks=bug("torch's TypeError: LBFGS.step() missing 'closure'")),
+        pytest.param(SecondOrderYields),
         pytest.param(StepsItself),
         pytest.param(BackwardItself),
     ],

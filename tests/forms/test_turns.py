@@ -30,7 +30,6 @@ from tests.forms.pairs import (
     assert_resumes,
     batches,
     both,
-    bug,
     close,
     in_turns,
     loss_scale,
@@ -643,10 +642,10 @@ def test_parameters_that_two_optimizers_share(form: str, capture: str) -> None:
 @pytest.mark.parametrize(
     ("form", "capture"),
     [
-        pytest.param("indexed", "eager", marks=bug("p.grad of a shared parameter holds both optimizers' gradients in a window")),
+        ("indexed", "eager"),
         pytest.param("indexed", "compile", marks=slow),
-        pytest.param("generator", "eager", marks=bug("p.grad of a shared parameter holds both optimizers' gradients in a window")),
-        pytest.param("generator", "compile", marks=[slow, bug("Host._keep adds both optimizers' gradients into one place")]),
+        ("generator", "eager"),
+        pytest.param("generator", "compile", marks=slow),
     ],
 )
 def test_a_window_over_shared_parameters_keeps_gradients_apart(form: str, capture: str) -> None:
@@ -667,7 +666,83 @@ def test_a_window_over_shared_parameters_keeps_gradients_apart(form: str, captur
     same_weights(ours, module, 1e-6 if capture == "eager" else ROUNDING)
 
 
+def frozen_within(trainer: Any, module: Any, n: int) -> None:
+    """The critic's first layer, and in the last batch of a window the generator's bias, from batch 2 to batch 5."""
+    module.dis[0].requires_grad_(not 2 <= n < 6)
+    module.gen[0].bias.requires_grad_(not 3 <= n < 6)
+
+
+class OneLoss(Nets):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.loss(batch, 0) + self.loss(batch, 1)
+
+    def by_hand(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)]
+
+
+@pytest.mark.parametrize("capture", ["eager", "compile"])
+def test_a_layer_frozen_within_a_window_is_torchs(capture: str) -> None:
+    """What it was given before still moves it at the window's end; in the next one it stands still."""
+    ours = trained(OneLoss, batches(), capture, accumulate_grad_batches=4, max_epochs=1, callbacks=[Acts(frozen_within)])
+    module = made(OneLoss)
+    (optimizer,) = module.by_hand()
+    for i, batch in enumerate(batches()):
+        frozen_within(None, module, i)
+        if i % 4 == 0:
+            optimizer.zero_grad()
+        (module.training_step(batch, i) / (4 if i < 8 else 2)).backward()
+        if i % 4 == 3 or i == 9:
+            optimizer.step()
+    same_weights(ours, module, close(capture))
+
+
+class OneLossHooked(OneLoss):
+    """Captured in pieces."""
+
+    def on_after_backward(self) -> None:
+        self.seen.append(self.dis[0].weight.grad is None)
+
+
+class ManualWindows(Nets):
+    """Windows of four by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for i, optimizer in enumerate(self.optimizers()):
+            self.manual_backward(self.loss(batch, i) / 4)
+            if batch_idx % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("make", "window"), [(Yielding, 4), *(pytest.param(m, w, marks=slow) for m, w in (
+    (Indexed, 4), (SharedYielding, 4), (OneLossHooked, 4), (ManualWindows, 1)))])  # fmt: skip
+def test_a_layer_frozen_within_a_window_in_every_form(make: Any, window: int) -> None:
+    """Captured as eagerly."""
+    both(make, callbacks=lambda: [Acts(frozen_within)], max_epochs=1, accumulate_grad_batches=window)
+
+
+@pytest.mark.parametrize("capture", BOTH)
+@pytest.mark.parametrize("form", TURNS)
+def test_an_optimizer_of_which_nothing_trains_any_more_is_named(form: str, capture: str) -> None:
+    """Frozen in mid-run: which optimizer it is."""
+
+    def freeze(trainer: Any, module: Any, n: int) -> None:
+        module.gen.requires_grad_(n < 4)
+
+    with pytest.raises(fasttrain.ModuleError, match="no parameter of optimizer 1 trains"):
+        trained(TURNS[form], batches(), capture, callbacks=[Acts(freeze)])
+
+
 # -- resume -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", TURNS)
+@pytest.mark.parametrize("capture", BOTH)
+def test_a_window_over_shared_parameters_resumes(form: str, capture: str, tmp_path: Path) -> None:
+    """Each optimizer's own gradients are in the checkpoint."""
+    assert_resumes(shared(form), [3, 12], tmp_path, capture, accumulate_grad_batches=5)
+
+
 class Everything(Nets):
     """Dropout, batch norm, schedulers by step and by epoch."""
 
