@@ -40,12 +40,10 @@ class GeneratorStep:
         self.epoch = 0
         self.moved = [0] * len(optimizers)
         self._bad: list[Tensor | None] = [None] * len(optimizers)
-        self.opened = 0
         self._result = 0
         self._keys: tuple[LogKey, ...] = ()
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
-        self.opened = 1 if first else self.opened + 1
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         self.moved, self._result = [0] * len(self._optimizers), 0
         sink, spec = self._trainable.sink, self._spec
         sink.items = []
@@ -58,7 +56,7 @@ class GeneratorStep:
                 losses.append(self._turn(i, output, batch_idx, first, divisor))
                 outputs.append(detached(output))
                 if last:
-                    self._update(i, divisor / self.opened)
+                    self._update(i, divisor / opened)
             items = sink.items
         finally:
             sink.items = None
@@ -84,8 +82,7 @@ class GeneratorStep:
     def gradients(self) -> dict[str, Tensor]:
         return {n: p.grad for n, p in self._trainable.module.named_parameters() if p.grad is not None}
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        self.opened = opened
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         for name, p in self._trainable.module.named_parameters():
             p.grad = gradients[name].to(p.device).clone() if name in gradients else None
         self._bad = [torch.zeros((), device=self._spec.device) for _ in self._optimizers]

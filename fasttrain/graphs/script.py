@@ -42,7 +42,7 @@ class ScriptStep:
             self._function(), trainable, spec, build=build, own=(self.acts, *([] if verbs is None else [verbs])), eager=self._eagerly,
             extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor, self.host.order),
         )  # fmt: skip
-        self.opened, self._window = 0, (True, True, 1)
+        self._window = (True, True, 1, 1)
 
     @property
     def epoch(self) -> int:
@@ -64,19 +64,19 @@ class ScriptStep:
     def obstacles(self) -> Sequence[Obstacle]:
         return self.call.obstacles
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         call, host = self.call, self.host
         if divisor != self._divisor_value:
             self._divisor_value = divisor
             self._divisor.fill_(divisor)
-        self.opened, self._window = (1 if first else self.opened + 1), (first, last, divisor)
+        self._window = (first, last, divisor, opened)
         if self._verbs is not None:
             self._verbs.acts, self._verbs.in_graph = self.acts, True
         elif first:
             host.new_window()
         if call.dirty:
             self._recheck()
-        host.begin(last=last, rescale=divisor / self.opened if last and self._verbs is None else 1.0)
+        host.begin(last=last, rescale=divisor / opened if last and self._verbs is None else 1.0)
         try:
             out = call.plan(batch) if call.plan is not None and not call.dirty else None
             if out is None:
@@ -98,14 +98,13 @@ class ScriptStep:
 
     def eager_twin(self, batch: Any, batch_idx: int, held: dict[str, Tensor]) -> tuple[StepOutput, dict[str, Tensor]]:
         """The micro-step just made, on the eager rung from ``held`` gradients: its output, and the gradients it leaves."""
-        first, last, divisor = self._window
+        first, last, divisor, opened = self._window
         eager = self.eager
         if self._verbs is not None:
             self._verbs.in_graph = False
         if self._verbs is not None or not first:
-            eager.load_gradients(held, self.opened - 1)
-        eager.opened = self.opened - 1
-        out = eager.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+            eager.load_gradients(held)
+        out = eager.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor, opened=opened)
         if self._verbs is not None:
             self._verbs.acts = self.acts
         return out, {} if self._verbs is None and last else eager.gradients()
@@ -120,7 +119,7 @@ class ScriptStep:
         host.moved, host.refused = list(eager.moved), refused
         host.new_window()
         if left:
-            self.load_gradients(left, self.opened)
+            self.load_gradients(left)
         for p in host.leaves:
             p.grad = None
         self.call.dirty = True  # the optimizer's state may be other tensors now
@@ -133,8 +132,7 @@ class ScriptStep:
         by_id = self.host.gradients()
         return {n: by_id[id(p)] for n, p in self._trainable.module.named_parameters() if id(p) in by_id}
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        self.opened = opened
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         named = self._trainable.module.named_parameters()
         self.host.load_gradients({id(p): gradients[n].to(p.device).clone() for n, p in named if n in gradients})
 

@@ -87,16 +87,16 @@ class VerifiedStep:
     def gradients(self) -> dict[str, Tensor]:
         return self.active.gradients()
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        self.active.load_gradients(gradients, opened)
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+        self.active.load_gradients(gradients)
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         """The captured micro-step and the same one traced by nobody, compared in loss, gradients, logged values and buffers."""
         if self.active is not self._step:
-            return self.active.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+            return self.active.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor, opened=opened)
         before, same = self._snapshot(), copied(batch)
         held = self._step.held()
-        out = self._step.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+        out = self._step.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor, opened=opened)
         after, got = self._snapshot(), self._step.gradients()
         buffers = after.buffers()
         before.restore()
@@ -113,7 +113,7 @@ class VerifiedStep:
         wrong = self._judge(named) or ("" if overflow else self._judge(gradients, floor=0.05 * largest))
         if wrong:
             self._give_up(f"step {self._total - self._left}: {wrong}")
-            self._eager.load_gradients(wanted, 1)
+            self._eager.load_gradients(wanted)
             return truth._replace(grads=None)
         after.restore()
         self._step.hold((list(self._in_order(got)), out.loss))
@@ -187,8 +187,8 @@ class VerifiedScript:
     def obstacles(self) -> Sequence[Obstacle]:
         return self._step.obstacles
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
-        step, eager, flags = self._step, self._eager, {"first": first, "last": last, "divisor": divisor}
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
+        step, eager, flags = self._step, self._eager, {"first": first, "last": last, "divisor": divisor, "opened": opened}
         if self._left == 0 or self.active is eager:
             return self.active.micro_step(batch, batch_idx, **flags)  # type: ignore[arg-type]
         before, same, held = self._maker.snapshot(), copied(batch), {n: g.clone() for n, g in step.gradients().items()}
@@ -215,7 +215,7 @@ class VerifiedScript:
         for p in self._maker.parameters():
             p.grad = None
         after.restore()
-        step.load_gradients(got, step.opened)
+        step.load_gradients(got)
         step.refresh()
         if self._maker.scaler is not None and scaled is not None:
             self._maker.scaler.load_state_dict(scaled)
@@ -234,8 +234,8 @@ class VerifiedScript:
     def gradients(self) -> dict[str, Tensor]:
         return self.active.gradients()
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        self.active.load_gradients(gradients, opened)
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+        self.active.load_gradients(gradients)
 
 
 def _tell(report: CaptureReport, say: Callable[[str], None], where: str) -> None:
