@@ -51,6 +51,7 @@ class CompileStep:
         call = self.call
         if call.dirty:
             self._recheck()
+        call.count += 1
         out = call.plan(batch) if call.plan is not None and not call.dirty else None
         if out is None:
             out = call.guarded(batch, batch_idx)

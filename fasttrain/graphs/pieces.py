@@ -98,6 +98,7 @@ class PiecedStep(HookedStep):
             if self._look_again():
                 call.bind(make_micro_step(self._trainable, self._spec, self.params, self._index))
             call.forget_moved()
+        call.count += 1
         out = call.plan(batch) if call.plan is not None and not call.dirty else None
         already = False  # autograd itself has called the parameters' hooks
         if out is None:

@@ -78,6 +78,7 @@ class ScriptStep:
             self._recheck()
         host.begin(last=last, rescale=divisor / opened if last and self._verbs is None else 1.0)
         try:
+            call.count += 1
             out = call.plan(batch) if call.plan is not None and not call.dirty else None
             if out is None:
                 out = call.guarded(batch, batch_idx)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fasttrain
 from fasttrain import TrainResult
-from tests.forms.pairs import BOTH, ROUNDING, Endless, assert_resumes, both, bug, close, made, same_weights, slow, trained
+from tests.forms.pairs import BOTH, ROUNDING, Endless, assert_resumes, both, close, made, same_weights, slow, trained
 
 SIZE, LENGTH = 5, 3
 
@@ -265,10 +265,11 @@ def test_a_run_over_splits_resumes(window: int, tmp_path: Path) -> None:
 
 
 @slow
-@bug("which kinds of batch have been frequent is not in the checkpoint: the short split is eager again for a while")
-def test_a_captured_run_over_splits_resumes(tmp_path: Path) -> None:
-    """Bit for bit: what ran captured before the save runs captured after it."""
-    assert_resumes(Cell, [9], tmp_path, "compile", data=sequences)
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("at", [2, 4, 9])
+def test_a_captured_run_over_splits_resumes(at: int, window: int, tmp_path: Path) -> None:
+    """Bit for bit: what ran captured before the save runs captured after it, and what did not does not."""
+    assert_resumes(Cell, [at], tmp_path, "compile", data=sequences, accumulate_grad_batches=window)
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
