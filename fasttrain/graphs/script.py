@@ -112,19 +112,23 @@ class ScriptStep:
 
     def _eagerly(self, batch: Any, batch_idx: int) -> StepOutput:
         """A batch that was not traced, on the eager rung; gradients gathered so far go there and come back."""
-        eager, host, last = self.eager, self.host, self._window[1]
+        host, last = self.host, self._window[1]
         host.end()
         out, left = self.eager_twin(batch, batch_idx, self.gradients())
-        refused = (eager.update_step(1.0) if last else 0) == REFUSED
         host.begin(last=last, rescale=1.0)
-        host.moved, host.refused = list(eager.moved), refused
+        self.follow_eager(left)
+        return out
+
+    def follow_eager(self, left: dict[str, Tensor]) -> None:
+        """The eager twin's micro-step is this one's: what it has moved, and the gradients it ``left``."""
+        eager, host = self.eager, self.host
+        host.moved, host.refused = list(eager.moved), self._window[1] and eager.update_step(1.0) == REFUSED
         host.new_window()
         if left:
             self.load_gradients(left)
         for p in host.leaves:
             p.grad = None
         self.call.dirty = True  # the optimizer's state may be other tensors now
-        return out
 
     def refresh(self) -> None:
         self.call.dirty = True
