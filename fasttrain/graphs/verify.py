@@ -310,12 +310,15 @@ class VerifiedScript(Verified):
         after, got, scaled = maker.snapshot(), _cloned(step), self._scale()
         before.restore()
         self._set_scale(scale)
-        truth, wanted = step.eager_twin(same, batch_idx, held)
-        true, true_scale = maker.snapshot(), self._scale()
+        with maker.trial():
+            truth, wanted = step.eager_twin(same, batch_idx, held)
+            true, true_scale = maker.snapshot(), self._scale()
         alone = judge.overflowed(got) != judge.overflowed(wanted) or true_scale != scaled
         wrong = judge.outputs(out, truth, after.buffers(), true.buffers()) or self._overflows_alone(alone)
         mine, theirs = self._waiting(got), self._waiting(wanted)
         wrong = wrong or ("" if alone else judge.gradients(mine, theirs) or judge.updates(after.values(), true.values()))
+        if wrong or alone:
+            self._set_scale(true_scale)
         if wrong:
             self._failed("step", wrong)
             return truth
