@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fasttrain.kernels import library
 from fasttrain.kernels.native_tail import NativeTail
 from fasttrain.options import Options
 
@@ -255,6 +256,8 @@ def make_tail(
     """The fastest tail that is right for this optimizer; ``tail_obstacle`` says why it is not the fused one."""
     if tail_obstacle(optimizer, params) is None:
         return FusedTail(optimizer, params, options, scaler, norms)
+    if params and params[0].is_cpu:
+        library.load()  # says once that there is none
     return StockTail(optimizer, params, options, scaler, norms)
 
 
