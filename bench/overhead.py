@@ -243,7 +243,7 @@ CASES: dict[str, Case] = {
     "validation every 1000 steps": Case(module=Validated, validates=True, options=lambda: {"val_every_n_steps": 1000}, most=15),
     "validation every hour": Case(module=Validated, validates=True, options=lambda: {"val_check_interval": timedelta(hours=1)}, most=15),
     "checkpoint, early stopping, timer, lr monitor": Case(module=Validated, validates=True, options=_callbacks, most=40),
-    "track_grad_norm": Case(options=lambda: {"track_grad_norm": 2}, most=40),
+    "track_grad_norm": Case(options=lambda: {"track_grad_norm": 2}, most=30),
     "nonfinite='skip'": Case(options=lambda: {"nonfinite": "skip"}, most=15),
     "verify=3, once it is over": Case(options=lambda: {"verify": 3}, most=15),
     "16-mixed": Case(options=lambda: {"precision": "16-mixed"}, most=15),

@@ -262,6 +262,10 @@ class TrainerFacade:
         return 1
 
     @property
+    def num_nodes(self) -> int:
+        return 1
+
+    @property
     def is_global_zero(self) -> bool:
         return True
 

@@ -144,7 +144,7 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         last = progress.window_open >= divisor or last_batch
         if foreign:
             step.refresh()
-        out = step.micro_step(batch, batch_idx, first=progress.window_open == 1, last=last, divisor=divisor)
+        out = step.micro_step(batch, batch_idx, first=progress.window_open == 1, last=last, divisor=divisor, opened=progress.window_open)
         for o in out.earlier:
             store.append(o.keys, o.values, o.batch_size or batch_size_of(batch))
         if out.keys:
@@ -195,7 +195,7 @@ def _capture(run: Run, batch: Any) -> Step:
     run.ledger.compile_s += spent
     run.started += spent  # max_time is for training
     if run.open_gradients is not None:
-        step.load_gradients(run.open_gradients, run.facade.progress.window_open)
+        step.load_gradients(run.open_gradients)
         run.open_gradients = None
     run.display.rung = run.report.rung
     run.display.restart_clock(run.facade)

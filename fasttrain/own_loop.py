@@ -37,9 +37,10 @@ class OwnLoop:
                 self._step, run.report = capture_step(run.maker, batch, math.inf)
                 run.step = self._step
             window = run.options.window(0)
-            first, last = progress.window_open == 0, progress.window_open + 1 >= window
+            opened = progress.window_open + 1
+            last = opened >= window
             self._step.refresh()  # the caller's code ran since the last step
-            out = self._step.micro_step(batch, progress.batch_idx + 1, first=first, last=last, divisor=window)
+            out = self._step.micro_step(batch, progress.batch_idx + 1, first=opened == 1, last=last, divisor=window, opened=opened)
             progress.batch_idx += 1
             progress.window_open += 1
             if last:

@@ -73,7 +73,7 @@ def _decided(run: Run) -> dict[str, Any] | None:
     if run.step is None:
         return None
     build = vars(run.report.build) if run.report.build is not None else None
-    return {"rung": run.report.rung, "threads": run.report.threads, "build": build}
+    return {"rung": run.report.rung, "threads": run.report.threads, "build": build, "calls": [c.state() for c in run.step.calls]}
 
 
 def _hparams(run: Run) -> dict[str, Any] | None:

@@ -66,6 +66,16 @@ def test_names_and_values_are_lightnings(how: dict[str, Any]) -> None:
     assert_same_metrics(fast_fit(case).metrics, lightning_fit(case).metrics, 1e-6)
 
 
+@pytest.mark.parametrize("capture", ["eager", "compile"])
+@pytest.mark.parametrize("how", [{}, {"on_epoch": True}, {"reduce_fx": "sum", "on_step": False, "on_epoch": True}])
+def test_in_one_process_sync_dist_is_the_value_itself(how: dict[str, Any], capture: str) -> None:
+    """As without it, and as in Lightning."""
+    synced, plain = (Case(lambda more=more: LogsIndex(**how, **more), five, five, {"max_epochs": 2}) for more in ({"sync_dist": True}, {}))
+    ours = fast_fit(synced, capture=capture).metrics
+    assert_same_metrics(ours, fast_fit(plain, capture=capture).metrics, 0.0)
+    assert_same_metrics(ours, lightning_fit(synced).metrics, 1e-6)
+
+
 def test_a_value_that_nobody_would_hear_of_is_refused() -> None:
     """on_step=False with on_epoch=False, as in Lightning."""
     with pytest.raises(ModuleError, match=r"'index'.*nobody"):

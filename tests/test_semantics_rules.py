@@ -770,6 +770,38 @@ def test_a_fused_optimizer_is_clipped_in_every_precision(precision: str, clip: d
     assert any(not torch.equal(ours.weights[k], v) for k, v in unclipped.weights.items())
 
 
+class Ranked(m.Base):
+    """Notes which process it is, as modules ask for it, and whether there is a process group."""
+
+    def on_train_start(self) -> None:
+        names = ("global_rank", "local_rank", "node_rank", "world_size", "num_devices", "num_nodes", "is_global_zero")
+        self.noted = {n: getattr(self.trainer, n) for n in names}
+        self.noted |= {"module's": (self.global_rank, self.local_rank), "group": torch.distributed.is_initialized()}
+
+
+def test_one_process_is_the_first_of_one() -> None:
+    """Ranks and sizes are Lightning's, no process group is made, and a decision is this process's own."""
+    noted = []
+    for fit in (fast_fit, lightning_fit):
+        modules: list[Ranked] = []
+        fit(Case(lambda modules=modules: modules.append(Ranked()) or modules[-1], options={"max_epochs": 1}))
+        noted.append(modules[-1].noted)
+    assert noted[0] == noted[1]
+    assert noted[0]["world_size"] == 1
+    assert not noted[0]["group"]
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_profiler_is_torchs_around_the_fit() -> None:
+    """profiler= is refused with the words that say so, and what they say works: the steps' operations are seen."""
+    with pytest.raises(OptionError, match=r"profiler.*torch\.profiler\.profile"):
+        compile_fit(m.Base(), profiler="simple")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fast_fit(Case(m.Base, options={"max_epochs": 1}))
+    counts = {e.key: e.count for e in profile.key_averages()}
+    assert counts["aten::addmm"] >= 4
+
+
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("norm", [1, 2.0, "inf"])
 def test_gradient_norms_are_tracked(norm: Any, capture: str) -> None:

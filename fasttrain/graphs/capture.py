@@ -204,7 +204,7 @@ def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFuncti
                 forward(maker.trainable, maker.spec, "train", first_part(maker.trainable, copied(batch)), 0, i, function)
             traces = [0]
             for i in range(0 if functions else runs):
-                step.micro_step(copied(batch), i, first=True, last=True, divisor=1)
+                step.micro_step(copied(batch), i, first=True, last=True, divisor=1, opened=1)
                 traces.append(sum(c.traces for c in step.calls))
             if len(traces) > 3 and traces[-1] > traces[-2] > traces[-3]:
                 raise CaptureError("a Python number changes with every step, and the graph with it")
@@ -344,7 +344,7 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
         for i in range(20):
             given = copied(batch)
             started = time.perf_counter()
-            step.micro_step(given, i, first=True, last=True, divisor=1)
+            step.micro_step(given, i, first=True, last=True, divisor=1, opened=1)
             if not step.takes_closure:
                 step.update_step(1.0)
             if maker.spec.device.type == "cuda":

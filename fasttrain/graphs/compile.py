@@ -43,7 +43,7 @@ class CompileStep:
         )  # fmt: skip
         self._bind_tail()
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         """One batch forward and backward; the window's gradients stay here until ``update_step``."""
         if divisor != self._divisor_value:
             self._divisor_value = divisor
@@ -51,6 +51,7 @@ class CompileStep:
         call = self.call
         if call.dirty:
             self._recheck()
+        call.count += 1
         out = call.plan(batch) if call.plan is not None and not call.dirty else None
         if out is None:
             out = call.guarded(batch, batch_idx)
@@ -106,7 +107,7 @@ class CompileStep:
             self._accumulate(out)
         return out
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         names = {id(p): n for n, p in self._trainable.module.named_parameters()}
         self._grads = [gradients[n].to(p.device) if (n := names.get(id(p), "")) in gradients else None for p in self.params]
         self._bad = torch.zeros((), device=self._spec.device)

@@ -40,19 +40,17 @@ class EagerStep:
         self._stepped = False
         self._again: tuple[Callable[[], StepOutput], int] | None = None  # the open window's newest batch, for closures
         self._before: list[tuple[nn.Parameter, Tensor]] = []  # what the batches before that one have left
-        self._opened = 0  # batches in the window, where the last one also steps
         self._keys: tuple[LogKey, ...] = ()
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         """One batch forward and backward; with a closure optimizer the last of a window also steps."""
-        self._opened = 1 if first else self._opened + 1
         if not self.takes_closure:
             return self._forward_backward(batch, batch_idx, first, divisor)
         if not last:
             self._before = [] if first else self._kept_gradients()
             self._again = (lambda: self._forward_backward(batch, batch_idx, first, divisor)), batch_idx
             return self._forward_backward(batch, batch_idx, first, divisor)
-        rescale = 1.0 if self._opened == divisor else divisor / self._opened
+        rescale = divisor / opened
         return self._step_by_closure(lambda: self._forward_backward(batch, batch_idx, first, divisor), first, rescale, batch_idx)
 
     def update_step(self, rescale: float) -> int:
@@ -109,8 +107,7 @@ class EagerStep:
         """The open window's gradients by parameter name, for a checkpoint in mid-window."""
         return {n: p.grad for n, p in self._own_parameters() if p.grad is not None}
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        self._opened = opened
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         for name, p in self._own_parameters():
             p.grad = gradients[name].to(p.device).clone() if name in gradients else None
 

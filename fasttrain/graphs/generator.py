@@ -42,12 +42,10 @@ class GeneratorStep:
         self.epoch = 0
         self.moved = [0] * len(optimizers)
         self._bad: list[Tensor | None] = [None] * len(optimizers)
-        self.opened = 0
         self._result = 0
         self._keys: tuple[LogKey, ...] = ()
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
-        self.opened = 1 if first else self.opened + 1
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         self.moved, self._result = [0] * len(self._optimizers), 0
         sink, spec = self._trainable.sink, self._spec
         sink.items = []
@@ -61,7 +59,7 @@ class GeneratorStep:
                 losses.append(self._turn(i, output, batch_idx, first, divisor))
                 outputs.append(detached(output))
                 if last:
-                    self._update(i, divisor / self.opened)
+                    self._update(i, divisor / opened)
                 self._own.leave(i, open=self._bad[i] is not None)
             items = sink.items
         finally:
@@ -95,8 +93,7 @@ class GeneratorStep:
             held |= {f"{i}:{n}": p.grad for n, p in mine.items() if p.grad is not None and self._bad[i] is not None}
         return held
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        self.opened = opened
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         for i, mine in enumerate(self._named()):
             for name, p in mine.items():
                 g = gradients.get(f"{i}:{name}")

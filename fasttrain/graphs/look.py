@@ -75,7 +75,7 @@ def toggles_are_local(maker: StepMaker, batch: Any) -> bool:
         before, step = maker.snapshot(), maker.eager()
         assert isinstance(step, ManualStep)
         step.gently = gently
-        out = step.micro_step(copied(batch), 0, first=True, last=True, divisor=1)
+        out = step.micro_step(copied(batch), 0, first=True, last=True, divisor=1, opened=1)
         told = [v.detach().clone() for v in (out.loss, *out.values) if isinstance(v, Tensor)]
         weights.append([*told, *(p.detach().clone() for p in maker.parameters())])
         before.restore()
@@ -106,7 +106,7 @@ def _whole_step(maker: StepMaker, batch: Any) -> None:
     inner = getattr(step, "step", step)
     if isinstance(inner, GeneratorStep):
         inner.check = lambda i, output: _check_yield(maker, i, output)
-    step.micro_step(batch, 0, first=True, last=True, divisor=1)
+    step.micro_step(batch, 0, first=True, last=True, divisor=1, opened=1)
     if step.update_step(1.0) == REFUSED and maker.options.nonfinite == "raise" and maker.scaler is None:
         got = "one that is not finite on the first batch"
         raise ModuleError(reject(f"a loss of {type(maker.trainable.module).__name__}.training_step", got, "a finite number",

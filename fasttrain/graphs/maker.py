@@ -73,7 +73,11 @@ class StepMaker:
                               build=build)  # fmt: skip
         else:
             step = self._turns([self._captured_one(i, build, graph) for i in range(len(self.optimizers))])
-        return self._split(step)
+        step, saved = self._split(step), (self.decided or {}).get("calls", ())
+        if len(saved) == len(step.calls):
+            for call, state in zip(step.calls, saved, strict=True):
+                call.load_state(state)
+        return step
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.trainable.module, list(self.optimizers), [*self.schedulers, *self.trainable.helpers()])
@@ -142,7 +146,9 @@ def cut_functions(step: Step) -> list[CutFunction]:
 
 
 def tried(step: Step, on: bool) -> None:
-    """While a step is tried every optimizer has its turn; after it nothing is left of the gradients it gathered."""
+    """While a step is tried every optimizer has its turn; after it nothing is left of what it gathered and counted."""
+    for call in step.calls:
+        call.tried(on)
     if isinstance(step, SplitStep):
         step = step.step
     if isinstance(step, Turns):

@@ -209,7 +209,7 @@ class ManualStep:
         self._tails = [hooked_tail(o, i, trainable_params(o), options, scaler, hooks, spec.norms) for i, o in enumerate(optimizers)]
         for tail in self._tails:
             tail.clip = None  # the module clips by itself
-        self.epoch = self.opened = 0
+        self.epoch = 0
         self.moved = [0] * len(optimizers)
         self._bad: list[Tensor | None] = [None] * len(optimizers)  # the losses behind the gradients each optimizer holds
         self._last: Tensor | None = None
@@ -221,7 +221,7 @@ class ManualStep:
         self._switched: list[tuple[Tensor, bool]] = []
         self._keys: tuple[LogKey, ...] = ()
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         self.moved, self._last, self._refused = [0] * len(self._optimizers), None, False
         self._verbs.acts, self._within = self, True
         if self._scaler is not None:
@@ -249,7 +249,7 @@ class ManualStep:
         """What the module has gathered over batches by hand."""
         return {n: p.grad for n, p in self._trainable.module.named_parameters() if p.grad is not None}
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         for name, p in self._trainable.module.named_parameters():
             p.grad = gradients[name].to(p.device).clone() if name in gradients else None
 

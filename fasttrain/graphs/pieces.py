@@ -87,9 +87,9 @@ class PiecedStep(HookedStep):
     def refresh(self) -> None:
         self.call.dirty = True
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         self.call.dirty = True  # the hooks of the step before were anybody's code
-        return super().micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+        return super().micro_step(batch, batch_idx, first=first, last=last, divisor=divisor, opened=opened)
 
     def _forward_backward(self, batch: Any, batch_idx: int, first: bool, divisor: int) -> StepOutput:
         call = self.call
@@ -100,6 +100,7 @@ class PiecedStep(HookedStep):
             if self._look_again():
                 call.bind(make_micro_step(self._trainable, self._spec, self.params, self._index))
             call.forget_moved()
+        call.count += 1
         out = call.plan(batch) if call.plan is not None and not call.dirty else None
         already = False  # autograd itself has called the parameters' hooks
         if out is None:

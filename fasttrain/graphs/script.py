@@ -53,7 +53,7 @@ class ScriptStep:
             self._function(), trainable, spec, build=build, own=(self.acts, *([] if verbs is None else [verbs])), eager=self._eagerly,
             extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor, self.host.order),
         )  # fmt: skip
-        self.opened, self._window = 0, (True, True, 1)
+        self._window = (True, True, 1, 1)
 
     @property
     def epoch(self) -> int:
@@ -75,20 +75,21 @@ class ScriptStep:
     def obstacles(self) -> Sequence[Obstacle]:
         return self.call.obstacles
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         call, host = self.call, self.host
         if divisor != self._divisor_value:
             self._divisor_value = divisor
             self._divisor.fill_(divisor)
-        self.opened, self._window = (1 if first else self.opened + 1), (first, last, divisor)
+        self._window = (first, last, divisor, opened)
         if self._verbs is not None:
             self._verbs.acts, self._verbs.in_graph = self.acts, True
         elif first:
             host.new_window()
         if call.dirty:
             self._recheck()
-        host.begin(last=last, rescale=divisor / self.opened if last and self._verbs is None else 1.0)
+        host.begin(last=last, rescale=divisor / opened if last and self._verbs is None else 1.0)
         try:
+            call.count += 1
             out = call.plan(batch) if call.plan is not None and not call.dirty else None
             if out is None:
                 out = call.guarded(batch, batch_idx)
@@ -109,33 +110,36 @@ class ScriptStep:
 
     def eager_twin(self, batch: Any, batch_idx: int, held: dict[str, Tensor]) -> tuple[StepOutput, dict[str, Tensor]]:
         """The micro-step just made, on the eager rung from ``held`` gradients: its output, and the gradients it leaves."""
-        first, last, divisor = self._window
+        first, last, divisor, opened = self._window
         eager = self.eager
         if self._verbs is not None:
             self._verbs.in_graph = False
         if self._verbs is not None or not first:
-            eager.load_gradients(held, self.opened - 1)
-        eager.opened = self.opened - 1
-        out = eager.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor)
+            eager.load_gradients(held)
+        out = eager.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor, opened=opened)
         if self._verbs is not None:
             self._verbs.acts = self.acts
         return out, {} if self._verbs is None and last else eager.gradients()
 
     def _eagerly(self, batch: Any, batch_idx: int) -> StepOutput:
         """A batch that was not traced, on the eager rung; gradients gathered so far go there and come back."""
-        eager, host, last = self.eager, self.host, self._window[1]
+        host, last = self.host, self._window[1]
         host.end()
         out, left = self.eager_twin(batch, batch_idx, self.gradients())
-        refused = (eager.update_step(1.0) if last else 0) == REFUSED
         host.begin(last=last, rescale=1.0)
-        host.moved, host.refused = list(eager.moved), refused
+        self.follow_eager(left)
+        return out
+
+    def follow_eager(self, left: dict[str, Tensor]) -> None:
+        """The eager twin's micro-step is this one's: what it has moved, and the gradients it ``left``."""
+        eager, host = self.eager, self.host
+        host.moved, host.refused = list(eager.moved), self._window[1] and eager.update_step(1.0) == REFUSED
         host.new_window()
         if left:
-            self.load_gradients(left, self.opened)
+            self.load_gradients(left)
         for p in host.leaves:
             p.grad = None
         self.call.dirty = True  # the optimizer's state may be other tensors now
-        return out
 
     def refresh(self) -> None:
         self.call.dirty = True
@@ -144,16 +148,15 @@ class ScriptStep:
         named = self._named()
         return {named[k]: g for k, g in self.host.gradients().items() if k in named}
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        self.opened = opened
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         self.host.load_gradients({k: gradients[n].to(self._spec.device).clone() for k, n in self._named().items() if n in gradients})
 
     def take_gradients(self) -> None:
         """Manual optimization: what hooks have gathered in ``p.grad`` before the first batch is gathered here from now on."""
         gathered = self.eager.gradients() if self._verbs is not None else {}
         if gathered:
-            self.load_gradients(gathered, 0)
-            self.eager.load_gradients({}, 0)
+            self.load_gradients(gathered)
+            self.eager.load_gradients({})
 
     def _named(self) -> dict[Key, str]:
         """The host's keys as the eager rung names gradients."""

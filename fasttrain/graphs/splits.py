@@ -52,16 +52,16 @@ class SplitStep:
     def obstacles(self) -> Sequence[Obstacle]:
         return self.step.obstacles
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         outputs: list[StepOutput] = []
         hiddens: Any = None
         self._taken, self._left_open = 0, not last
         self.moved = [0] * len(self.step.moved)
         for n, part in enumerate(self._split(batch)):
             begins = first if n == 0 else last
-            out = self.step.micro_step(Carried(part, hiddens), batch_idx, first=begins, last=last, divisor=divisor)
+            out = self.step.micro_step(Carried(part, hiddens), batch_idx, first=begins, last=last, divisor=divisor, opened=opened)
             if last:
-                self._count(self.step.update_step(1.0))
+                self._count(self.step.update_step(divisor / opened))
             hiddens = tree_map_only(Tensor, Tensor.detach, _left_hiddens(out.returned))
             outputs += [*out.earlier, out._replace(earlier=())]
         *earlier, out = outputs
@@ -79,8 +79,8 @@ class SplitStep:
     def gradients(self) -> dict[str, Tensor]:
         return self.step.gradients()
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        self.step.load_gradients(gradients, opened)
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+        self.step.load_gradients(gradients)
 
     def _count(self, stepped: int) -> None:
         if stepped == REFUSED or self._taken == REFUSED:

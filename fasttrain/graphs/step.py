@@ -15,6 +15,8 @@ from fasttrain.results import Obstacle
 class Step(Protocol):
     """``micro_step`` for every batch of a window, then ``update_step``.
 
+    ``first``: gradients begin anew; ``opened``: batches in the window, this one among them (a batch may be several micro-steps).
+
     With ``takes_closure`` the last micro-step of a window also updates, and ``update_step`` says what came of it.
     """
 
@@ -38,7 +40,7 @@ class Step(Protocol):
     def obstacles(self) -> Sequence[Obstacle]:
         """Met while it ran."""
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput: ...
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput: ...
 
     def update_step(self, rescale: float) -> int:
         """Steps taken; REFUSED when something was not finite."""
@@ -47,5 +49,5 @@ class Step(Protocol):
 
     def gradients(self) -> dict[str, Tensor]: ...
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
-        """The other way: gradients of a window in which ``opened`` batches have been."""
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
+        """The other way; the next micro-step goes on with them."""

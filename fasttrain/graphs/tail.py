@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.errors import ModuleError
+from fasttrain.kernels import library
 from fasttrain.kernels.native_tail import NativeTail
 from fasttrain.options import Options
 
@@ -51,23 +52,28 @@ class GradientNorms:
     def __init__(
         self, norm_type: float, names: Callable[[], dict[int, str]], tell: Callable[[tuple[str, ...], list[Tensor]], None]
     ) -> None:
-        self._type, self._names, self._tell = norm_type, names, tell
-        self._known: dict[int, str] = {}
+        self.type, self._names, self._tell = norm_type, names, tell
 
     @torch.no_grad()
     def __call__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], factor: float = 1.0) -> None:
+        """In a pass over the gradients of its own."""
         present = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None and g.layout is torch.strided]
         if not present:
             return
-        if any(id(p) not in self._known for p, _ in present):
-            self._known = self._names()
-        norms = list(torch._foreach_norm([g for _, g in present], self._type))
+        norms = list(torch._foreach_norm([g for _, g in present], self.type))
         if factor != 1.0:
             torch._foreach_mul_(norms, factor)
-        total = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]), self._type)
-        prefix = f"grad_{float(self._type)}_norm"
-        names = tuple(f"{prefix}/{self._known.get(id(p), '?')}" for p, _ in present)
-        self._tell((*names, f"{prefix}_total"), [*norms, total])
+        total = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]), self.type)
+        self.measured(self.names([p for p, _ in present]), norms, total)
+
+    def names(self, params: Sequence[Tensor]) -> tuple[str, ...]:
+        """What these parameters' norms are called, and that of all together."""
+        known, prefix = self._names(), f"grad_{float(self.type)}_norm"
+        return (*(f"{prefix}/{known.get(id(p), '?')}" for p in params), f"{prefix}_total")
+
+    def measured(self, names: tuple[str, ...], norms: Sequence[Tensor], total: Tensor) -> None:
+        """By somebody else, in a pass over the gradients that was made anyway."""
+        self._tell(names, [*norms, total])
 
 
 class FusedTail:
@@ -78,7 +84,6 @@ class FusedTail:
         norms: GradientNorms | None = None,
     ) -> None:  # fmt: skip
         self._params, self._norms = params, norms
-        self._native = NativeTail(optimizer, params)
         self._scaler = scaler
         by_norm = options.gradient_clip_algorithm == "norm"
         self._max_norm = options.gradient_clip_val if by_norm else None
@@ -86,17 +91,35 @@ class FusedTail:
         if self._max_norm is None and (scaler is not None or options.nonfinite == "skip"):
             self._max_norm = math.inf  # measured, not clipped
         self._check = scaler is not None or options.nonfinite != "ignore"
+        kind = self._norm_kind()
+        self._native = NativeTail(optimizer, params, norm_type=kind or 2.0)
+        self._each = torch.empty(len(params)) if kind else None
+        self._names: tuple[str, ...] = ()
+        # The kernel refuses what it measures: where the loss alone decides, it is asked here.
+        self._asks_loss = kind is not None and self._max_norm is None and self._check
+        self._check = self._check and not self._asks_loss
+
+    def _norm_kind(self) -> float | None:
+        """The norm that is wanted of each gradient, where the kernel's one pass can measure it; it measures in float32."""
+        kind = None if self._norms is None else self._norms.type
+        fits = kind == 2.0 or (kind == math.inf and self._max_norm in (None, math.inf))
+        return kind if fits and all(p.dtype is not torch.float64 for p in self._params) else None
 
     def step(self, grads: Sequence[Tensor | None], rescale: float, loss: Tensor | None) -> bool:
         scaler = self._scaler
-        if self._norms is not None:
+        refused = self._asks_loss and loss is not None and not math.isfinite(loss.item())
+        if self._norms is not None and (self._each is None or refused):
             self._norms(self._params, grads, rescale if scaler is None else rescale / scaler.value)
+        if refused:
+            return False
         skipped = self._native.step(
             grads, max_norm=self._max_norm, clip_value=self._clip_value,
             grad_scale=rescale if scaler is None else rescale / scaler.value,
             # The loss scale goes by the gradients alone, as torch's does.
-            loss=loss if scaler is None else None, check=self._check,
+            loss=loss if scaler is None else None, check=self._check, norms_out=self._each,
         )  # fmt: skip
+        if self._each is not None and (scaler is None or not skipped):
+            self._tell_norms(grads)
         if scaler is not None:
             scaler.update(found_inf=bool(skipped))
         return not skipped
@@ -104,6 +127,18 @@ class FusedTail:
     def refresh(self) -> None:
         if self._native.stale():
             self._native.refresh()
+
+    def _tell_norms(self, grads: Sequence[Tensor | None]) -> None:
+        assert self._norms is not None
+        assert self._each is not None
+        norms, total = self._each.clone().unbind(), self._native.grad_norm.clone()
+        if any(g is None for g in grads):
+            there = [i for i, g in enumerate(grads) if g is not None]
+            if there:
+                self._norms.measured(self._norms.names([self._params[i] for i in there]), [norms[i] for i in there], total)
+            return
+        self._names = self._names or self._norms.names(self._params)
+        self._norms.measured(self._names, norms, total)
 
 
 def clip_gradients(optimizer: Any, value: float | None, algorithm: str | None) -> None:
@@ -232,6 +267,8 @@ def make_tail(
     """The fastest tail that is right for this optimizer; ``tail_obstacle`` says why it is not the fused one."""
     if tail_obstacle(optimizer, params) is None:
         return FusedTail(optimizer, params, options, scaler, norms)
+    if params and params[0].is_cpu:
+        library.load()  # says once that there is none
     return StockTail(optimizer, params, options, scaler, norms)
 
 

@@ -30,8 +30,6 @@ VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of thes
 DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
 DYNAMO |= {"capture_scalar_outputs": True}
 
-VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of distributions out
-
 _NUMBERS = itertools.count()
 
 
@@ -273,7 +271,7 @@ class Plan:
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
         self.returned, read = _builder(raw.returned, place)
         self.read_by_user = sorted({*read, *(place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)])})
-        self.left: float = VALIDATE_EVERY if entry.unvalidated else math.inf  # calls until the arguments' values are looked at
+        self.left = math.inf  # calls until the arguments' values are looked at
         self._addresses = [None if a is None else a.data_ptr() for a in self.args]
 
     def still_fits(self, entry: _Entry, batch: Any, raw: Raw) -> bool:

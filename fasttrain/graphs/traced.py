@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from fasttrain.graphs.contract import Key, key_of
 from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
-from fasttrain.graphs.trace import VALIDATE_EVERY, Plan, Trace
+from fasttrain.graphs.trace import Plan, Trace
 from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
 
 MOST_STRUCTURES = 4  # kinds of batch (a first split without hidden state, say) that get a graph each
+VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of distributions out
+FREQUENT = 8  # batches of other sizes from which they share a graph, if they are a tenth of all
 
 
 class TracedCall:
@@ -42,11 +45,16 @@ class TracedCall:
         self.direct = False
         self.why_guarded = ""
         self.failed = self._unvalidated = False
-        self._unlooked = 0
         self.op_by_op = False  # was the last call nobody's trace?
         self.guarded_calls = 0  # whose guards were evaluated
+        self.count = 0  # calls, past the guards or through them
+        self._static: dict[str, str] = {}  # by structure: the batch that has the graph of its own
+        self._others, self._dynamic = 0, False  # calls with batches that have none; do they share one?
+        self._doubted = 0  # such calls until what a checkpoint has said of ``_static`` is forgotten
+        self._before = (0, 0, False, 0)
+        self._names: dict[Key, tuple[str, str]] = {}
         self._ran = False
-        self._traces: dict[Any, Trace] = {}  # by the batch's structure, and True for the one of changing sizes
+        self._traces: dict[str, Trace] = {}  # by the batch's structure, and "" for the one of changing sizes
         self._traced_before = 0
         self.bind(function)
 
@@ -66,9 +74,23 @@ class TracedCall:
         self._traces, self.plan = {}, None
         self._plans: dict[Key, Plan] = {}
         self._clean: set[Key] = set()  # kinds of batch whose guards were evaluated since anybody's code ran
-        self._seen: Counter[Key] = Counter()
-        self._static_keys: dict[Key, Key] = {}  # by structure
         self._keys: tuple[LogKey, ...] = ()
+
+    def state(self) -> dict[str, Any]:
+        """Which batches run captured from here on, as a checkpoint keeps it."""
+        return {"count": self.count, "others": self._others, "dynamic": self._dynamic, "failed": self.failed, "static": dict(self._static)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As in the run that was saved; unless its batches do not come any more."""
+        self.count, self._others, self._dynamic = state["count"], state["others"], state["dynamic"]
+        self.failed, self._static, self._doubted, self._ran = state["failed"], dict(state["static"]), FREQUENT, True
+
+    def tried(self, on: bool) -> None:
+        """What is called from True to False counts for nothing."""
+        if on:
+            self._before = (self.count, self._others, self._dynamic, self._doubted)
+        else:
+            self.count, self._others, self._dynamic, self._doubted = self._before
 
     def forget_moved(self) -> None:
         """Plans over weights or buffers that lie elsewhere now are of no use."""
@@ -85,15 +107,17 @@ class TracedCall:
         if self.dirty:
             self.dirty = False
             self._clean.clear()
-        elif key in self._clean and (known := self._plans.get(key)) is not None and known is not self.plan:
+        elif key in self._clean and (known := self._plans.get(key)) is not None and not self._look_due():
+            known.left = self._unlooked()
             out = known(batch)
             if out is not None:
                 self.plan, self.op_by_op = known, False
                 return out
-        self._seen[key] += 1
         self.guarded_calls += 1
         self.op_by_op = False
         if self._look_due():
+            if self.plan is not None:
+                self.plan.left = VALIDATE_EVERY - 1
             looked = self.untraced(batch, batch_idx)
             return StepOutput(looked.loss, *keys_and_values(looked.items), looked.returned, looked.grads)
         trace = self._trace_for(key)
@@ -112,13 +136,11 @@ class TracedCall:
 
     def _look_due(self) -> bool:
         """Where a capture leaves the validation of arguments out, every so many steps run op by op, which validates."""
-        if not self._unvalidated or self._eager is not None:
-            return False
-        if self.plan is not None:
-            due, self.plan.left = self.plan.left < 0, VALIDATE_EVERY if self.plan.left < 0 else self.plan.left
-            return due
-        self._unlooked += 1
-        return self._unlooked % VALIDATE_EVERY == 0
+        return self._unvalidated and self._eager is None and self.count % VALIDATE_EVERY == 0
+
+    def _unlooked(self) -> float:
+        """Calls until the next look, this one among them."""
+        return VALIDATE_EVERY - self.count % VALIDATE_EVERY if self._unvalidated and self._eager is None else math.inf
 
     def untraced(self, batch: Any, batch_idx: int) -> Raw:
         """The same function op by op."""
@@ -153,6 +175,7 @@ class TracedCall:
             plan = self._new_plan(trace, raw, batch, key)
         if plan is not None:
             self.plan = self._plans[key] = plan
+            plan.left = self._unlooked() - 1
             self._clean.add(key)
             self.direct = True
         entry.args, entry.outs = (), ()
@@ -161,7 +184,8 @@ class TracedCall:
         entry = trace.entry
         assert entry is not None
         self.why_guarded = entry.why_not
-        if self._static_keys.get(key[0]) != key or (raw.loss is None and raw.grads):
+        kind, name = self._named(key)
+        if self._static.get(kind) != name or (raw.loss is None and raw.grads):
             return None  # sizes that change, or a batch the module passed over
         try:
             plan = Plan(entry, raw, batch)
@@ -176,18 +200,29 @@ class TracedCall:
         """The first shape of a kind gets its own graph; others run eagerly until they are frequent, then share a dynamic one."""
         if self.failed:
             return None
-        kind = key[0]
-        if kind not in self._static_keys and len(self._static_keys) < MOST_STRUCTURES:
-            self._static_keys[kind] = key
-        if self._static_keys.get(kind) == key:
+        kind, name = self._named(key)
+        if kind not in self._static and len(self._static) < MOST_STRUCTURES:
+            self._static[kind] = name
+        if self._static.get(kind) == name:
+            self._doubted = 0
             return self._trace(kind, dynamic=False)
-        others = sum(n for k, n in self._seen.items() if self._static_keys.get(k[0]) != k)
-        total = sum(self._seen.values())
-        if True in self._traces or (others >= 8 and others >= 0.1 * total):
-            return self._trace(True, dynamic=True)
-        return None
+        self._others += 1
+        self._dynamic = self._dynamic or (self._others >= FREQUENT and self._others >= 0.1 * self.count)
+        if self._doubted and not self._dynamic:
+            self._doubted -= 1
+            if not self._doubted:  # somebody resumed with batches of another size
+                self._static, self._others = {kind: name}, 0
+                return self._trace(kind, dynamic=False)
+        return self._trace("", dynamic=True) if self._dynamic else None
 
-    def _trace(self, kind: Any, *, dynamic: bool) -> Trace:
+    def _named(self, key: Key) -> tuple[str, str]:
+        """The structure and the whole of a key as texts, the same in every process."""
+        if key not in self._names:
+            kind, name = (hashlib.sha256(repr(k).encode()).hexdigest()[:16] for k in (key[0], key))
+            self._names[key] = kind, name
+        return self._names[key]
+
+    def _trace(self, kind: str, *, dynamic: bool) -> Trace:
         if kind not in self._traces:
             self._traces[kind] = Trace(self._function, self._own, self._spec, dynamic=dynamic, build=self._build,
                                        updates=self._eager is not None)  # fmt: skip

@@ -51,7 +51,9 @@ class Turns:
         self.steps, self._optimizers, self._frequencies, self._seen, self._scaler = steps, optimizers, frequencies, seen, scaler
         self.everyone = False  # while it is traced and timed
         self.moved = [0] * len(steps)  # steps taken by each optimizer in the last update
-        self._pending = [0] * len(steps)  # batches whose gradients each optimizer holds
+        self._holds = [False] * len(steps)  # gradients of this window
+        self._batches = [0] * len(steps)  # of this window that each optimizer has had
+        self._newest = [0] * len(steps)  # the last of them, counted within the window
         self._result = 0
         self._others: list[list[torch.Tensor]] | None = None  # parameters of everybody but each optimizer
         self._own = OwnGradients(optimizers)
@@ -77,23 +79,27 @@ class Turns:
     def obstacles(self) -> Sequence[Obstacle]:
         return [o for s in self.steps for o in s.obstacles]
 
-    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int) -> StepOutput:
+    def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         """Everybody's turn on this batch; the outputs of all but the last are in ``earlier``."""
         outputs: list[StepOutput] = []
         self.moved, self._result = [0] * len(self.steps), 0
+        if opened == 1:
+            self._batches, self._newest = [0] * len(self.steps), [0] * len(self.steps)
         if self._scaler is not None:
             self._scaler.gather()
         for i in self._whose_turn():
             step = self.steps[i]
+            self._batches[i] += self._newest[i] != opened
+            self._newest[i] = opened
             with self.toggled(i):
-                out = step.micro_step(batch, batch_idx, first=self._pending[i] == 0, last=last, divisor=divisor)
-                self._pending[i] += 1
+                out = step.micro_step(batch, batch_idx, first=not self._holds[i], last=last, divisor=divisor, opened=self._batches[i])
+                self._holds[i] = True
                 if last:
-                    self._update(i, divisor / self._pending[i])
+                    self._update(i, divisor / self._batches[i])
             outputs.append(out)
         for i in self._left_over() if last else ():  # whose turn was earlier in this window
             with self.toggled(i):
-                self._update(i, divisor / self._pending[i])
+                self._update(i, divisor / self._batches[i])
         if self._scaler is not None:
             self._scaler.settle()
         *earlier, out = outputs
@@ -109,7 +115,7 @@ class Turns:
             self._scaler.gather()
         for i in left:
             with self.toggled(i):
-                self._update(i, rescale)
+                self._update(i, rescale * (max(self._newest) / self._batches[i]))
         if left and self._scaler is not None:
             self._scaler.settle()
         return self._result or max(self.moved)
@@ -125,22 +131,24 @@ class Turns:
         for i in self._left_over():
             self._own.enter(i)
             held |= {f"{i}:{n}": g for n, g in self.steps[i].gradients().items()}
-        return held | {f"{i}:": torch.tensor(n) for i, n in enumerate(self._pending) if n}
+        return held | {f"{i}:": torch.tensor(n) for i, n in enumerate(self._batches) if self._holds[i]}
 
-    def load_gradients(self, gradients: dict[str, Tensor], opened: int) -> None:
+    def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         for i, step in enumerate(self.steps):
             mine = {n.split(":", 1)[1]: g for n, g in gradients.items() if n.startswith(f"{i}:")}
             if mine:
-                self._pending[i] = int(mine.pop(""))
-                step.load_gradients(mine, self._pending[i])
+                self._holds[i], self._batches[i] = True, int(mine.pop(""))
+                step.load_gradients(mine)
                 self._own.leave(i, open=True)
+        opened = max(self._batches) if self._frequencies is None else sum(self._batches)
+        self._newest = [opened] * len(self.steps)
 
     def _left_over(self) -> list[int]:
-        return [i for i, pending in enumerate(self._pending) if pending]
+        return [i for i, holds in enumerate(self._holds) if holds]
 
     def _update(self, i: int, rescale: float) -> None:
         stepped = self.steps[i].update_step(rescale)
-        self._pending[i] = 0
+        self._holds[i] = False
         if stepped == REFUSED:
             self._result = REFUSED
         else:
@@ -172,6 +180,6 @@ class Turns:
             yield
         finally:
             if self._own.any:
-                self._own.leave(i, open=self._pending[i] > 0)
+                self._own.leave(i, open=self._holds[i])
             for p in others:
                 p.requires_grad_(True)

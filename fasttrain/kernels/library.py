@@ -17,6 +17,7 @@ import torch
 
 from fasttrain.errors import FasttrainWarning
 
+PATH = Path(__file__).parent / "libfasttrain_native.so"
 INTERFACE = 2  # fasttrain_interface() of the library this file was written for
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -96,19 +97,17 @@ _FUNCTIONS: dict[str, tuple[object, Sequence[object]]] = {
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, or one sentence on why there is none."""
-    here = Path(__file__).parent
-    path = here / "libfasttrain_native.so"
-    if not path.exists():
-        return f"{path.name} was not built when fasttrain was installed (no C++ compiler?)"
+    if not PATH.exists():
+        return f"{PATH.name} was not built when fasttrain was installed (no C++ compiler?)"
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(PATH))
         if (found := library.fasttrain_interface()) != INTERFACE:
-            return f"{path.name} is of interface {found}, this fasttrain of {INTERFACE}: build it again"
+            return f"{PATH.name} is of interface {found}, this fasttrain of {INTERFACE}: build it again"
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, tuple(arguments)
     except (OSError, AttributeError) as error:
-        return f"{path.name} cannot be loaded: {error}"
+        return f"{PATH.name} cannot be loaded: {error}"
     return library
 
 

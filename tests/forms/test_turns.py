@@ -101,31 +101,46 @@ def test_an_optimizer_owns_batches_in_a_row_over_the_whole_fit(capture: str) -> 
     assert ours.seen == [n - n // 6 for n in range(1, 31)]  # five of six batches are the critic's
 
 
-@pytest.mark.parametrize("frequencies", [(1, 1), (3, 1), (1, 5)])
-@pytest.mark.parametrize("capture", ["eager", pytest.param("compile", marks=slow)])
-def test_whoever_had_a_turn_in_a_window_steps_at_its_end(frequencies: tuple[int, int], capture: str) -> None:
-    """frequency and accumulate_grad_batches: a step is the mean over the optimizer's own batches of the window."""
-
+def owning(frequencies: tuple[int, int]) -> Any:
     class Frequent(Indexed):
         def configure_optimizers(self) -> Any:
             return [{"optimizer": o, "frequency": n} for o, n in zip(self.by_hand(), frequencies, strict=True)]
 
-    ours = trained(Frequent, batches(), capture, accumulate_grad_batches=4)
+    return Frequent
+
+
+def means_by_hand(frequencies: tuple[int, int], windows: Any) -> Any:
+    """A step is the mean over the optimizer's own batches of the window."""
     module, seen = made(Indexed), 0
     optimizers = module.by_hand()
-    for _ in range(2):
-        for start in (0, 4, 8):
-            mine: list[list[Any]] = [[], []]
-            for batch in batches()[start : start + 4]:
-                k = int(seen % sum(frequencies) >= frequencies[0])
-                mine[k].append(torch.autograd.grad(module.loss(batch, k), own(optimizers[k])))
-                seen += 1
-            for optimizer, grads in zip(optimizers, mine, strict=True):
-                for j, p in enumerate(own(optimizer)):
-                    p.grad = torch.stack([g[j] for g in grads]).mean(0) if grads else None
-                optimizer.step()
-    same_weights(ours, module, 1e-6 if capture == "eager" else ROUNDING)
+    for window in windows:
+        mine: list[list[Any]] = [[], []]
+        for batch in window:
+            k = int(seen % sum(frequencies) >= frequencies[0])
+            mine[k].append(torch.autograd.grad(module.loss(batch, k), own(optimizers[k])))
+            seen += 1
+        for optimizer, grads in zip(optimizers, mine, strict=True):
+            for j, p in enumerate(own(optimizer)):
+                p.grad = torch.stack([g[j] for g in grads]).mean(0) if grads else None
+            optimizer.step()
+    return module
+
+
+@pytest.mark.parametrize("frequencies", [(1, 1), (3, 1), (1, 5)])
+@pytest.mark.parametrize("capture", ["eager", pytest.param("compile", marks=slow)])
+def test_whoever_had_a_turn_in_a_window_steps_at_its_end(frequencies: tuple[int, int], capture: str) -> None:
+    """frequency and accumulate_grad_batches, over two epochs of two windows and a half."""
+    ours = trained(owning(frequencies), batches(), capture, accumulate_grad_batches=4)
+    windows = [batches()[start : start + 4] for _ in range(2) for start in (0, 4, 8)]
+    same_weights(ours, means_by_hand(frequencies, windows), 1e-6 if capture == "eager" else ROUNDING)
     assert ours.result.steps == 6
+
+
+@pytest.mark.parametrize("frequencies", [(1, 1), (2, 1)])
+def test_whoever_had_a_turn_before_a_stop_steps_then(frequencies: tuple[int, int]) -> None:
+    """In the third batch of a window of four, where neither optimizer had three."""
+    ours = trained(owning(frequencies), batches(), accumulate_grad_batches=4, callbacks=[StopAfter(7)])
+    same_weights(ours, means_by_hand(frequencies, [batches()[:4], batches()[4:7]]), 1e-6)
 
 
 @pytest.mark.parametrize("form", TURNS)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasttrain
-from fasttrain.graphs import trace, traced
+from fasttrain.graphs import traced
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
 log = logging.getLogger("tests.obstacles")
@@ -204,7 +204,6 @@ class Vae(Net):
 
 def test_distributions_are_captured_whole_and_still_look_at_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the dry look, and every so many steps: the error is torch's own. The default is put back."""
-    monkeypatch.setattr(trace, "VALIDATE_EVERY", 5)
     monkeypatch.setattr(traced, "VALIDATE_EVERY", 5)
     before = torch.distributions.Distribution._validate_args
     _, captured, _, _ = both(Vae)

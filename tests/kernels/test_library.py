@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch.optim import AdamW
 
+import fasttrain
 from fasttrain.errors import FasttrainWarning, KernelError
 from fasttrain.kernels import clip_and_step_, grad_norm, library
 from fasttrain.kernels.native_lists import NativeSum
@@ -85,3 +89,80 @@ def test_missing_is_said_once(monkeypatch):
         clip_and_step_(optimizer)
         grad_norm([torch.ones(3)])
     library._say_once.cache_clear()
+
+
+WRONG = {
+    "an older interface": ("int fasttrain_interface(void) { return 1; }", "is of interface 1, this fasttrain of 2"),
+    "a newer interface": ("int fasttrain_interface(void) { return 3; }", "is of interface 3, this fasttrain of 2"),
+    "none": ("int another(void) { return 2; }", "cannot be loaded"),
+    "no functions": ("int fasttrain_interface(void) { return 2; }", "cannot be loaded"),
+}
+
+FIT = """
+import sys, warnings, torch
+from pathlib import Path
+from fasttrain import FasttrainWarning, compile_fit
+from fasttrain.kernels import library
+library.PATH = Path(sys.argv[1])
+model = torch.nn.Linear(3, 1)
+options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=1, capture="compile")
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always", FasttrainWarning)
+    for _ in range(2):
+        trainer = compile_fit(model, loss=torch.nn.functional.mse_loss, optimizer=torch.optim.AdamW(model.parameters()), **options)
+        result = trainer.fit([(torch.ones(4, 3), torch.ones(4, 1))] * 3)
+said = [str(w.message) for w in heard if w.category is FasttrainWarning and "plain torch update" in str(w.message)]
+assert len(said) == 1 and sys.argv[2] in said[0], [str(w.message) for w in heard]
+assert result.steps == 3 and result.capture.rung == "compile" and sys.argv[2] in result.capture.tail, result.capture
+"""
+
+
+def built(source, folder):
+    (folder / "wrong.c").write_text(source)
+    path = folder / "libfasttrain_native.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(path), str(folder / "wrong.c")], check=True, timeout=60)
+    return path
+
+
+@pytest.fixture
+def placed(monkeypatch):
+    """Puts a file in the library's place for one test."""
+
+    def place(path):
+        monkeypatch.delenv("FASTTRAIN_NATIVE", raising=False)
+        monkeypatch.setattr(library, "PATH", path)
+        library._load.cache_clear()
+        library._say_once.cache_clear()
+
+    yield place
+    library._load.cache_clear()
+    library._say_once.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_library_of_another_interface_is_refused(wrong, tmp_path, placed):
+    """By its number, before anything else of it is called; said once."""
+    source, words = WRONG[wrong]
+    placed(built(source, tmp_path))
+    assert words in str(library.obstacle())
+    with pytest.warns(FasttrainWarning, match=words):
+        assert library.load() is None
+    assert library.load() is None
+    assert words in str(NativeTail.obstacle(AdamW(make_params())))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_fit_beside_a_library_of_another_interface(tmp_path):
+    """It says so once and trains with torch's own update."""
+    source, words = WRONG["a newer interface"]
+    here = os.environ | {"PYTHONPATH": str(Path(fasttrain.__file__).parents[1])}
+    here.pop("FASTTRAIN_NATIVE", None)
+    subprocess.run([sys.executable, "-c", FIT, str(built(source, tmp_path)), words], check=True, timeout=300, env=here)
+
+
+def test_a_file_that_is_no_library_is_refused(tmp_path, placed):
+    """Half a download, say."""
+    (tmp_path / "libfasttrain_native.so").write_bytes(b"\x7fELF and no more")
+    placed(tmp_path / "libfasttrain_native.so")
+    assert "cannot be loaded" in str(library.obstacle())
