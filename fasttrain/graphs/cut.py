@@ -16,8 +16,9 @@ from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.trace import DYNAMO, numbered, quiet, said_before, unvalidated
 from fasttrain.results import Build
 
-# Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
-CUT = DYNAMO | {"trace_autograd_ops": False, "suppress_errors": True, "capture_scalar_outputs": False, "recompile_limit": 8}
+# Counters become symbols; recurrent layers run as they are; a stretch that cannot be compiled, or keeps changing, runs as it is.
+CUT = DYNAMO | {"trace_autograd_ops": False, "allow_rnn": False, "capture_scalar_outputs": False}
+CUT |= {"suppress_errors": True, "recompile_limit": 8}
 
 
 class CutFunction:

@@ -14,7 +14,6 @@ from fasttrain.results import CaptureReport, Obstacle
 ADVICE = (
     (r"[Dd]ata.dependent", "A Python branch on a tensor's value: use torch.where, or move the check out of training_step."),
     (r"\.item\(\)|Tensor\.item|scalar_tensor|_local_scalar_dense", "Log the tensor itself; it is read later, off the step."),
-    (r"RNN|LSTM|GRU", "torch.nn's recurrent layers are not traced yet."),
     (r"torchmetrics|Metric", "Update metrics in on_train_batch_end, or log the tensor and let self.log take the mean."),
     (r"operator `print`", "Move the print to on_train_batch_end."),
     (r"logging|Logger", "Move the message out of the step, e.g. to on_train_batch_end."),

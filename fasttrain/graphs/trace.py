@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
+from fasttrain.graphs.recurrent import whole_layers
 from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
@@ -27,7 +28,7 @@ VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of thes
 # Ints on a module (counters) become symbols at their second value; a step that still changes is given up early. A number
 # read out of a tensor (``.item()`` for a log line) is read between the kernels.
 DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
-DYNAMO |= {"capture_scalar_outputs": True}
+DYNAMO |= {"capture_scalar_outputs": True, "allow_rnn": True}
 
 VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of distributions out
 
@@ -54,7 +55,7 @@ class Trace:
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), said_before(), unvalidated(), quiet():
+        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), said_before(), whole_layers(), unvalidated(), quiet():
             out: Raw = self._call(*args)
         return out
 

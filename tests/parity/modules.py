@@ -366,6 +366,14 @@ class Recurrent(Base):
         return self.head(self.lstm(x, (first, first))[0][:, -1])
 
 
+class ReadsItsLoss(Base):
+    """A branch on a value, in a step too small to be worth cutting."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * 0.5 if loss > 1.2 else loss
+
+
 class Transformer(Base):
     """One encoder layer with attention."""
 
