@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules import transformer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
@@ -55,7 +56,8 @@ class Trace:
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), said_before(), whole_layers(), unvalidated(), quiet():
+        patched = torch._dynamo.config.patch(DYNAMO)
+        with self._spec.default_dtype(), patched, said_before(), whole_layers(), unread_masks(), unvalidated(), quiet():
             out: Raw = self._call(*args)
         return out
 
@@ -136,6 +138,22 @@ def unvalidated() -> Iterator[None]:
         yield
     finally:
         kind.set_default_validate_args(before)
+
+
+def _said_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
+@contextmanager
+def unread_masks() -> Iterator[None]:
+    """Within a trace: nn.Transformer does not read a mask to find out whether it is the causal one. Applied as it stands it
+    gives the same result."""
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = _said_causal
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
 
 
 class _Entry:
