@@ -186,3 +186,21 @@ def whole_layers() -> Iterator[None]:
         for cell in CELLS:
             del own[cell]
         own.update(before)
+
+
+@functools.cache
+def _untraced() -> dict[type[nn.RNNBase], Any]:
+    return {kind: torch._dynamo.disable(kind.forward) for kind in (nn.LSTM, nn.GRU, nn.RNN)}  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def layers_apart() -> Iterator[None]:
+    """Within a trace in stretches: one ends before a recurrent layer, which runs as it is, and the next begins behind it."""
+    before = {kind: kind.forward for kind in _untraced()}
+    for kind, forward in _untraced().items():
+        kind.forward = forward
+    try:
+        yield
+    finally:
+        for kind, forward in before.items():
+            kind.forward = forward

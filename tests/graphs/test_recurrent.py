@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fasttrain
 from fasttrain.graphs import recurrent
@@ -139,10 +140,43 @@ def test_a_second_gradient_is_not_lost() -> None:
     assert "a recurrent layer's gradient" in str(captured.capture.obstacles[0])
 
 
+class Packs(nn.Module):
+    """Sequences of their own lengths, ``sort``ed by them or not."""
+
+    def __init__(self, kind: str, sort: bool) -> None:
+        super().__init__()
+        self.rnn, self.out, self.sort = getattr(nn, kind)(5, 8, batch_first=True, bidirectional=True), nn.Linear(16, 3), sort
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, lengths = batch
+        out, last = self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=self.sort))
+        out, _ = pad_packed_sequence(out, batch_first=True)
+        loss = F.cross_entropy(self.out(torch.tanh(out)).transpose(1, 2), y[:, : out.shape[1]])
+        return loss + (last[0] if isinstance(last, tuple) else last).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("kind", "sort"), [("GRU", False), ("LSTM", True)])
+def test_packed_sequences_run_between_compiled_stretches(kind: str, sort: bool) -> None:
+    """One stretch behind the layer, whatever the lengths; longest lengths that change compile it once more, not every step."""
+    torch._dynamo.reset()  # what runs before have compiled of the same code counts against its limit
+    g = torch.Generator().manual_seed(5)
+    lengths = [torch.randint(1, 8, (6,), generator=g).sort(descending=True).values for _ in range(30)]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    captured = both(lambda: Packs(kind, sort), [(x, y, n) for (x, y), n in zip(batches([7] * 30), lengths, strict=True)])
+    assert (captured.capture.rung, captured.capture.whole, captured.capture.pieces) == ("compile", False, 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled <= 4
+    assert "Packed sequences" in str(captured.capture.obstacles[0])
+
+
 def test_nothing_is_kept_and_nothing_stays_changed() -> None:
     """What autograd recorded goes with the step; torch's own layers are torch's own again."""
     before = {cell: getattr(torch._VF, cell) for cell in recurrent.CELLS}
+    forwards = nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward
     fasttrain.compile_fit(Tagger("LSTM"), capture="compile", **QUIET).fit(batches())
     gc.collect()
     assert not recurrent._TAPES
     assert {cell: getattr(torch._VF, cell) for cell in recurrent.CELLS} == before
+    assert forwards == (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
