@@ -193,14 +193,22 @@ def _untraced() -> dict[type[nn.RNNBase], Any]:
     return {kind: torch._dynamo.disable(kind.forward) for kind in (nn.LSTM, nn.GRU, nn.RNN)}  # type: ignore[no-untyped-call]
 
 
+@functools.cache
+def _pad() -> Any:
+    return torch._dynamo.disable(torch._C._VariableFunctions._pad_packed_sequence)  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def layers_apart() -> Iterator[None]:
     """Within a trace in stretches: one ends before a recurrent layer, which runs as it is, and the next begins behind it."""
     before = {kind: kind.forward for kind in _untraced()}
+    own = vars(torch._VF)
     for kind, forward in _untraced().items():
         kind.forward = forward
+    own["_pad_packed_sequence"] = _pad()  # torch 2.11 follows it into an operation that it cannot fake
     try:
         yield
     finally:
+        del own["_pad_packed_sequence"]
         for kind, forward in before.items():
             kind.forward = forward
