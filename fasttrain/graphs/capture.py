@@ -25,6 +25,7 @@ from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
 from fasttrain.graphs.verify import verified
+from fasttrain.module import loss_of
 from fasttrain.options import Options
 from fasttrain.results import Build, CaptureReport, Obstacle
 
@@ -170,7 +171,7 @@ def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: B
     started = time.perf_counter()
     step = maker.captured(build)
     functions, error, pieces = cut_functions(step), None, 0
-    for _ in range(3):  # counters and numbers change at the second; forward alone, so that no gradient hook hears of it
+    for _ in range(3):  # counters and numbers change at the second; no gradient hook hears of it
         before = sum(f.ran for f in functions)
         error = error or _try(maker, step, batch, functions if maker.trainable.form != "manual" else ())
         pieces = sum(f.ran for f in functions) - before
@@ -201,7 +202,10 @@ def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFuncti
     try:
         with maker.trial():
             for i, function in enumerate(functions):
-                forward(maker.trainable, maker.spec, "train", first_part(maker.trainable, copied(batch)), 0, i, function)
+                part = first_part(maker.trainable, copied(batch))
+                loss = loss_of(forward(maker.trainable, maker.spec, "train", part, 0, i, function)[0])
+                if loss is not None and not gradient_hooks(maker.trainable.module):  # compiled stretches have no second gradient
+                    torch.autograd.grad(loss, trainable_params(maker.optimizers[i]), allow_unused=True)
             traces = [0]
             for i in range(0 if functions else runs):
                 step.micro_step(copied(batch), i, first=True, last=True, divisor=1, opened=1)

@@ -13,11 +13,13 @@ from typing import Any, cast
 import torch
 
 from fasttrain.graphs.program import StepSpec
-from fasttrain.graphs.trace import DYNAMO, numbered, quiet, said_before, unvalidated
+from fasttrain.graphs.recurrent import layers_apart
+from fasttrain.graphs.trace import DYNAMO, numbered, quiet, said_before, unread_masks, unvalidated
 from fasttrain.results import Build
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
-CUT = DYNAMO | {"trace_autograd_ops": False, "suppress_errors": True, "capture_scalar_outputs": False, "recompile_limit": 8}
+CUT = DYNAMO | {"trace_autograd_ops": False, "capture_scalar_outputs": False}
+CUT |= {"suppress_errors": True, "recompile_limit": 8}
 
 
 class CutFunction:
@@ -33,7 +35,7 @@ class CutFunction:
             self._call = torch.compile(numbered(function), dynamic=None, backend=self._backend)
 
     def __call__(self, *args: Any) -> Any:
-        with torch._dynamo.config.patch(CUT), said_before(), unvalidated(), quiet():
+        with torch._dynamo.config.patch(CUT), said_before(), layers_apart(), unread_masks(), unvalidated(), quiet():
             return self._call(*args)
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from fasttrain.results import CaptureReport, Obstacle
 ADVICE = (
     (r"[Dd]ata.dependent", "A Python branch on a tensor's value: use torch.where, or move the check out of training_step."),
     (r"\.item\(\)|Tensor\.item|scalar_tensor|_local_scalar_dense", "Log the tensor itself; it is read later, off the step."),
-    (r"RNN|LSTM|GRU", "torch.nn's recurrent layers are not traced yet."),
+    (r"pack\w*_sequence", "Packed sequences and the layer over them run as they are, between compiled stretches."),
     (r"torchmetrics|Metric", "Update metrics in on_train_batch_end, or log the tensor and let self.log take the mean."),
     (r"operator `print`", "Move the print to on_train_batch_end."),
     (r"logging|Logger", "Move the message out of the step, e.g. to on_train_batch_end."),
@@ -99,9 +99,9 @@ def explain(report: CaptureReport) -> str:
     """The report as a page of text."""
     lines = [one_line(report)]
     if report.rung != "eager":
-        what = "the step" if report.whole else "forward + backward"
+        what, cut = "the step" if report.whole else "forward + backward", report.build is not None and report.build.cut
         lines.append(
-            f"  {what}: {'one whole graph' if report.pieces == 1 else f'{report.pieces} pieces'}, "
+            f"  {what}: {'one whole graph' if report.pieces == 1 and not cut else f'{report.pieces} piece(s)'}, "
             f"traced {report.traces} time(s), compiled in {report.compile_s:.1f} s"
         )
         why = f" ({report.why_guarded})" if report.why_guarded else ""

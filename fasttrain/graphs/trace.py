@@ -14,12 +14,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules import transformer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
+from fasttrain.graphs.recurrent import whole_layers
 from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
@@ -28,7 +30,7 @@ VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of thes
 # Ints on a module (counters) become symbols at their second value; a step that still changes is given up early. A number
 # read out of a tensor (``.item()`` for a log line) is read between the kernels.
 DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
-DYNAMO |= {"capture_scalar_outputs": True}
+DYNAMO |= {"capture_scalar_outputs": True, "allow_rnn": True}
 
 _NUMBERS = itertools.count()
 
@@ -55,7 +57,8 @@ class Trace:
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), said_before(), unvalidated(), quiet():
+        patched = torch._dynamo.config.patch(DYNAMO)
+        with self._spec.default_dtype(), patched, said_before(), whole_layers(), unread_masks(), unvalidated(), quiet():
             out: Raw = self._call(*args)
         return out
 
@@ -136,6 +139,22 @@ def unvalidated() -> Iterator[None]:
         yield
     finally:
         kind.set_default_validate_args(before)
+
+
+def _said_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
+@contextmanager
+def unread_masks() -> Iterator[None]:
+    """Within a trace: nn.Transformer does not read a mask to find out whether it is the causal one. Applied as it stands it
+    gives the same result."""
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = _said_causal
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
 
 
 class _Entry:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasttrain
-from fasttrain.graphs import traced
+from fasttrain.graphs import trace, traced
+from tests.parity.modules import assert_finite
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
 log = logging.getLogger("tests.obstacles")
@@ -212,3 +213,69 @@ def test_distributions_are_captured_whole_and_still_look_at_their_arguments(monk
     bad = batches(3) + [(torch.full((8, 8), float("nan")), torch.zeros(8, dtype=torch.long))] * 8
     with pytest.raises(ValueError, match="constraint"):
         fasttrain.compile_fit(Vae(), capture="compile", nonfinite="ignore", **QUIET).fit(bad)
+
+
+class Attends(Net):
+    """An encoder under a causal mask and one of padding; the decoder's is a mask that only looks causal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        causal, x = nn.Transformer.generate_square_subsequent_mask(5), x.unsqueeze(1) * torch.linspace(1, 2, 5).view(5, 1)  # [8, 5, 8]
+        padding = torch.zeros_like(causal[:1]).masked_fill(torch.arange(5) > 3, -torch.inf).expand(8, -1)
+        x = self.encoder(x, mask=causal, src_key_padding_mask=padding)
+        x = self.decoder(x, x, tgt_mask=causal.masked_fill(torch.eye(5) > 0, -0.5))
+        return self.loss((x.mean(1), y))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)  # the gradient of a key's bias is nothing but rounding
+
+
+def test_a_mask_is_applied_and_not_read() -> None:
+    """torch reads it on the host to find out whether it is the causal one; the random stream is the eager one."""
+    _, captured, _, _ = both(Attends)
+    assert (captured.capture.whole, captured.capture.traces) == (True, 1)
+
+
+class Asserts(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert_finite(batch[0])
+        return self.loss(batch)
+
+
+class Raises(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if torch.isnan(batch[0]).any():
+            raise ValueError("x is not finite")
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize(("make", "whole"), [(Asserts, True), (Raises, False)])
+def test_a_check_of_values_is_heard_where_it_fails(make: type[Net], whole: bool) -> None:
+    """An assertion is one of the graph; a branch that raises cuts the step. Neither is left out, at any step."""
+    _, captured, _, _ = both(make)
+    assert captured.capture.whole == whole
+    bad = [*batches(5), (torch.full((8, 8), float("nan")), torch.zeros(8, dtype=torch.long))]
+    with pytest.raises((RuntimeError, ValueError), match="x is not finite"):
+        fasttrain.compile_fit(make(), capture="compile", nonfinite="ignore", **QUIET).fit(bad)
+
+
+class Picks(Net):
+    """Rows by a mask and by number, as many as there are."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        out, mask = self.b(torch.tanh(self.a(x))), y > 0
+        rows = (y < 3).nonzero().squeeze(1)
+        return F.cross_entropy(out[mask], y[mask]) + out.index_select(0, rows).square().mean()
+
+
+def test_rows_picked_by_value() -> None:
+    """One graph whatever their number."""
+    _, captured, _, _ = both(Picks)
+    assert (captured.capture.whole, captured.capture.traces, captured.capture.direct) == (True, 1, True)

@@ -40,6 +40,7 @@ CASES: dict[str, Case] = {
     **{f"optimizer_{name}": Case(partial(m.Optimized, optimizer=name)) for name in m.OPTIMIZERS},
     "conv": Case(m.Conv, m.images, m.images),
     "lstm": Case(m.Recurrent, m.sequences),
+    "reads_its_loss": Case(m.ReadsItsLoss),
     "transformer": Case(m.Transformer, m.sequences),
     "embedding": Case(m.Embedded, m.tokens),
     "custom_function": Case(m.CustomFunction),
@@ -81,7 +82,7 @@ CAPTURED = (
     "own_clipping",
     "warm_up",
 )
-CANNOT = {"lstm": "LSTM"}  # runs eagerly, and says why
+CANNOT = {"reads_its_loss": "Data-dependent branching"}  # runs eagerly, and says why
 RANDOM = {"dropout", "noise"}  # a captured step may draw other numbers
 
 
