@@ -7,13 +7,12 @@ the backward pass is autograd's, over the compiled backward of each stretch; the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any, cast
 
 import torch
 
 from fasttrain.graphs.program import StepSpec
-from fasttrain.graphs.trace import DYNAMO, numbered, quiet, said_before, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, compiled, unvalidated
 from fasttrain.results import Build
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
@@ -28,12 +27,10 @@ class CutFunction:
         self._patches: dict[str, Any] = {"fallback_random": True, "cpp.threads": build.kernel_threads}
         self.ran = 0  # compiled stretches run so far
         self.ops = 0
-        assert isinstance(function, FunctionType)
-        with unvalidated():
-            self._call = torch.compile(numbered(function), dynamic=None, backend=self._backend)
+        self._call = compiled(function, self._backend, CUT, whole=False)
 
     def __call__(self, *args: Any) -> Any:
-        with torch._dynamo.config.patch(CUT), said_before(), unvalidated(), quiet():
+        with unvalidated():
             return self._call(*args)
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:

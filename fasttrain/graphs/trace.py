@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from operator import itemgetter
-from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -19,19 +15,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
+from fasttrain.graphs.tracer import DYNAMO, compiled, unvalidated
 from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
-
-
-# Ints on a module (counters) become symbols at their second value; a step that still changes is given up early. A number
-# read out of a tensor (``.item()`` for a log line) is read between the kernels.
-DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
-DYNAMO |= {"capture_scalar_outputs": True}
-
 VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of distributions out
-
-_NUMBERS = itertools.count()
 
 
 class Trace:
@@ -48,13 +36,12 @@ class Trace:
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
         self.count = 0
         self.entry: _Entry | None = None
-        assert isinstance(function, FunctionType)
-        with unvalidated():  # the first torch.compile of a process switches the validation off for good
-            self._call = torch.compile(numbered(function), fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
+        self._unvalidated = False
+        self._call = compiled(function, self._backend, DYNAMO, whole=True, dynamic=True if dynamic else None)
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        with self._spec.default_dtype(), torch._dynamo.config.patch(DYNAMO), said_before(), unvalidated(), quiet():
+        with self._spec.default_dtype(), unvalidated() if self._unvalidated else nullcontext():
             out: Raw = self._call(*args)
         return out
 
@@ -65,76 +52,22 @@ class Trace:
         entry.inspect(self._own, self._updates)
         _refuse_frozen_floats(graph)
         self.count += 1
+        self._unvalidated |= entry.unvalidated
         entry.run = entry.compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 
         def recorded(*args: Any) -> Any:
-            versions = [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
+            versions = _versions(args) if entry.written is None else ()
             outs = entry.run(*args)
-            entry.written = {
-                id(a) for a, v in zip(args, versions, strict=True) if isinstance(a, Tensor) and not a.is_inference() and a._version != v
-            }
+            if entry.written is None:
+                entry.written = {i for i, (v, w) in enumerate(zip(versions, _versions(args), strict=True)) if v != w}
             entry.args, entry.outs, self.entry = args, outs, entry
             return outs
 
         return recorded
 
 
-def numbered(function: FunctionType) -> FunctionType:
-    """The function with a code object and a name of its own: Dynamo's cache and recompile limit belong to the code, and
-    what it has learnt of changing sizes to the code's name and place, not to the closure."""
-    code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
-    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Dynamo logs what we report in a sentence ourselves; its errors still come as exceptions."""
-    log = logging.getLogger("torch._dynamo")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-@contextmanager
-def said_before() -> Iterator[None]:
-    """Within a trace: a logger's call that says nothing - its level is off, or it speaks once and has spoken in the dry look -
-    is left out. Any other ends the trace there."""
-    from torch._dynamo.variables import ConstantVariable, misc
-
-    once = {f for f in vars(logging.Logger).values() if isinstance(f, functools._lru_cache_wrapper)}
-    kind = getattr(misc, "LoggingLoggerVariable", None)
-    before = getattr(kind, "call_method", None)
-
-    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-        level = getattr(logging, name.upper(), None)
-        if isinstance(level, int) and not self.value.isEnabledFor(level):
-            return ConstantVariable.create(None)
-        assert before is not None
-        return before(self, tx, name, args, kwargs)
-
-    if before is not None:
-        kind.call_method = call_method  # type: ignore[union-attr]
-    try:
-        with torch._dynamo.config.patch(ignore_logger_methods=torch._dynamo.config.ignore_logger_methods | once):
-            yield
-    finally:
-        if before is not None:
-            kind.call_method = before  # type: ignore[union-attr]
-
-
-@contextmanager
-def unvalidated() -> Iterator[None]:
-    """Within a trace: torch.distributions does not look at its arguments' values. The dry look did."""
-    kind = torch.distributions.Distribution
-    before = kind._validate_args
-    kind.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        kind.set_default_validate_args(before)
+def _versions(args: Sequence[Any]) -> list[int]:
+    return [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
 
 
 class _Entry:
@@ -146,7 +79,7 @@ class _Entry:
         self.args: Sequence[Any] = ()
         self.outs: Sequence[Any] = ()
         self.pure = False
-        self.written: set[int] = set()  # the arguments its last call wrote into
+        self.written: set[int] | None = None  # which arguments it writes into; None before its first call
         self.why_not = ""
         self.unvalidated = False  # checks of arguments' values were left out of it
 
@@ -246,7 +179,7 @@ class Plan:
             raise LookupError("the batch is not made of distinct tensors alone")
         if any(t.__dict__ for t in leaves) or (isinstance(batch, (list, tuple, dict)) and getattr(batch, "__dict__", None)):
             raise LookupError("the batch carries attributes of its own")
-        if entry.written & {id(t) for t in leaves}:
+        if {id(entry.args[i]) for i in entry.written or ()} & {id(t) for t in leaves}:
             raise LookupError("the step writes into its batch: only the guards see which of its tensors share memory")
         if not entry.pure:
             raise LookupError(entry.why_not)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasttrain
-from fasttrain.graphs import trace, traced
+from fasttrain.graphs import trace, traced, tracer
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
 log = logging.getLogger("tests.obstacles")
@@ -213,3 +213,25 @@ def test_distributions_are_captured_whole_and_still_look_at_their_arguments(monk
     bad = batches(3) + [(torch.full((8, 8), float("nan")), torch.zeros(8, dtype=torch.long))] * 8
     with pytest.raises(ValueError, match="constraint"):
         fasttrain.compile_fit(Vae(), capture="compile", nonfinite="ignore", **QUIET).fit(bad)
+
+
+def test_the_tracers_settings_cost_nothing_between_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's callback has the guards looked at in every step; the settings are in force once, for the trace."""
+    entered: list[str] = []
+
+    class Watched(tracer._Within):
+        def __call__(self, *args: Any) -> Any:
+            entered.append("settings")
+            return super().__call__(*args)
+
+    class Foreign(fasttrain.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            entered.append("batch")
+
+    class Plain(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+    monkeypatch.setattr(tracer, "_Within", Watched)
+    fasttrain.compile_fit(Plain(), capture="compile", callbacks=[Foreign()], **QUIET).fit(batches())
+    assert entered == ["settings", *["batch"] * 12]

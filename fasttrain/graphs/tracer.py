@@ -1,0 +1,103 @@
+"""The tracer as we use it: our settings are in force while it traces, and cost nothing when it does not."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+
+# Ints on a module (counters) become symbols at their second value; a step that still changes is given up early. A number
+# read out of a tensor (``.item()`` for a log line) is read between the kernels.
+DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
+DYNAMO |= {"capture_scalar_outputs": True}
+
+_NUMBERS = itertools.count()
+
+
+def compiled(
+    function: Callable[..., Any], backend: Callable[..., Any], settings: dict[str, Any], *, whole: bool, dynamic: bool | None = None
+) -> Callable[..., Any]:
+    """``torch.compile`` of a function under these settings of Dynamo."""
+    assert isinstance(function, FunctionType)
+    with unvalidated():  # the first use in a process switches the validation off for good
+        context: Any = torch._dynamo.optimize(backend=backend, nopython=whole, dynamic=dynamic)
+    if hasattr(context, "callback"):  # there is none where the tracer is switched off
+        context.callback = _Within(context.callback, settings)
+    made: Callable[..., Any] = context(numbered(function))
+    return made
+
+
+class _Within:
+    """What the interpreter calls when no traced code fits."""
+
+    def __init__(self, callback: Callable[..., Any], settings: dict[str, Any]) -> None:
+        self._torchdynamo_orig_backend = callback  # by which Dynamo knows whose code is whose
+        self._settings = settings
+
+    def __call__(self, *args: Any) -> Any:
+        with torch._dynamo.config.patch(self._settings), said_before(), unvalidated(), quiet():
+            return self._torchdynamo_orig_backend(*args)
+
+
+def numbered(function: FunctionType) -> FunctionType:
+    """The function with a code object and a name of its own: Dynamo's cache and recompile limit belong to the code, and
+    what it has learnt of changing sizes to the code's name and place, not to the closure."""
+    code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Dynamo logs what we report in a sentence ourselves; its errors still come as exceptions."""
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def said_before() -> Iterator[None]:
+    """Within a trace: a logger's call that says nothing - its level is off, or it speaks once and has spoken in the dry look -
+    is left out. Any other ends the trace there."""
+    from torch._dynamo.variables import ConstantVariable, misc
+
+    once = {f for f in vars(logging.Logger).values() if isinstance(f, functools._lru_cache_wrapper)}
+    kind = getattr(misc, "LoggingLoggerVariable", None)
+    before = getattr(kind, "call_method", None)
+
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        level = getattr(logging, name.upper(), None)
+        if isinstance(level, int) and not self.value.isEnabledFor(level):
+            return ConstantVariable.create(None)
+        assert before is not None
+        return before(self, tx, name, args, kwargs)
+
+    if before is not None:
+        kind.call_method = call_method  # type: ignore[union-attr]
+    try:
+        with torch._dynamo.config.patch(ignore_logger_methods=torch._dynamo.config.ignore_logger_methods | once):
+            yield
+    finally:
+        if before is not None:
+            kind.call_method = before  # type: ignore[union-attr]
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Within a trace: torch.distributions does not look at its arguments' values. The dry look did."""
+    kind = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)
