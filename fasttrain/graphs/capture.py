@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -306,7 +306,7 @@ def settings(options: Options) -> Any:
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
     try:
-        with torch.autograd.set_detect_anomaly(True) if options.detect_anomaly else nullcontext():
+        with torch.autograd.set_detect_anomaly(options.detect_anomaly):  # off, too: as in Lightning, whatever a library has set
             yield
     finally:
         torch.set_num_threads(threads)

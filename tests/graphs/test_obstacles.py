@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,3 +237,29 @@ def test_the_tracers_settings_cost_nothing_between_traces(monkeypatch: pytest.Mo
     monkeypatch.setattr(tracer, "_Within", Watched)
     fasttrain.compile_fit(Plain(), capture="compile", callbacks=[Foreign()], **QUIET).fit(batches())
     assert entered == ["settings", *["batch"] * 12]
+
+
+def test_a_librarys_anomaly_mode_is_off_within_a_fit() -> None:
+    """Set on import somewhere, it would end every capture; Lightning's Trainer switches it off, too."""
+    with torch.autograd.set_detect_anomaly(True):
+        _, captured, _, _ = both(Silent)
+        assert torch.is_anomaly_enabled()
+    assert captured.capture.whole
+
+
+@pytest.mark.parametrize("folder", ["torch", "site-packages"])
+def test_the_place_of_an_obstacle(folder: str, tmp_path: Path) -> None:
+    """A folder called torch is not torch; in a package, its line comes with the user's own."""
+    path = tmp_path / folder / "mine.py"
+    path.parent.mkdir()
+    path.write_text("def loss(module, batch):\n    value = module.loss(batch)\n    return value * 0.5 if value > 0 else value\n")
+    spec = importlib.util.spec_from_file_location("mine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    given = {"loss": lambda module, batch: mine.loss(module, batch), "optimizer": lambda p: torch.optim.SGD(p, lr=1e-2)}
+    result = fasttrain.compile_fit(Net(), capture="compile", **given, **QUIET).fit(batches())
+    where = result.capture.obstacles[0].where
+    own, line = where.split(" (in ")[0].split(":")
+    assert (Path(own).name, "mine.py:3" in where) == ("mine.py" if folder == "torch" else Path(__file__).name, True), (where, line)
