@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
+from fasttrain.graphs.lifted import Lifted, name_of
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
 from fasttrain.graphs.tracer import DYNAMO, compiled, unvalidated
 from fasttrain.results import Build
@@ -26,30 +27,57 @@ class Trace:
     """One ``torch.compile`` of a step, and what its last guarded call really ran."""
 
     def __init__(
-        self, function: Callable[..., Raw], own: tuple[object, ...], spec: StepSpec, *, dynamic: bool, build: Build,
+        self, function: Callable[..., Raw], own: tuple[Any, ...], spec: StepSpec, *, dynamic: bool, build: Build,
         updates: bool = False,
     ) -> None:  # fmt: skip
         self._updates = updates  # are optimizers moved inside the function?
-        self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change
+        self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change, the sink first
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
         self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
         self.count = 0
         self.entry: _Entry | None = None
         self._unvalidated = False
-        self._call = compiled(function, self._backend, DYNAMO, whole=True, dynamic=True if dynamic else None)
+        self._function, self._dynamic = function, True if dynamic else None
+        self._lifted = Lifted(own[0])
+        self._growing: frozenset[str] | None = None  # lists that a step appends to, to be lifted; None: nobody has looked yet
+        self._call = self._compiled()
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        with self._spec.default_dtype(), unvalidated() if self._unvalidated else nullcontext():
-            out: Raw = self._call(*args)
-        return out
+        try:
+            with self._spec.default_dtype(), unvalidated() if self._unvalidated else nullcontext():
+                raw: Raw = self._call(*args)
+        except Exception:
+            if not self._otherwise():
+                raise
+            return self(*args)
+        work = [i for i in raw.items if type(i[0]) is int]
+        if self.entry is not None:
+            self.entry.work = work
+        for number, *values in work:
+            self._lifted.do(number, values)
+        return raw._replace(items=[i for i in raw.items if type(i[0]) is not int]) if work else raw
+
+    def _compiled(self) -> Callable[..., Any]:
+        return compiled(self._function, self._backend, DYNAMO, whole=True, dynamic=self._dynamic, around=self._lifted.lifting)
+
+    def _otherwise(self) -> bool:
+        """After a failure: once with the growing lists lifted, and where that fails with them in the trace."""
+        if not self._growing and not self._lifted.lists:
+            return False
+        self._lifted.lists, self._growing = self._growing or frozenset(), frozenset()
+        self._call = self._compiled()
+        return True
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        entry = _Entry()
+        entry = _Entry(self._lifted)
         entry.inspect(self._own, self._updates)
+        if entry.growing and self._growing is None:
+            self._growing = entry.growing
+            raise CaptureError("lists grow, and are lifted now")
         _refuse_frozen_floats(graph)
         self.count += 1
         self._unvalidated |= entry.unvalidated
@@ -73,7 +101,10 @@ def _versions(args: Sequence[Any]) -> list[int]:
 class _Entry:
     """One compiled graph: its callable, whether calling it alone is the whole step, and its last call."""
 
-    def __init__(self) -> None:
+    def __init__(self, lifted: Lifted) -> None:
+        self.lifted = lifted
+        self.growing: frozenset[str] = frozenset()  # lists that were there before and are longer now
+        self.work: Sequence[Sequence[Any]] = ()  # what its last call left to the host
         self.compiled: Callable[..., Any] = _never
         self.run: Callable[..., Any] = _never  # ``compiled``, or what stands in for it
         self.args: Sequence[Any] = ()
@@ -92,11 +123,12 @@ class _Entry:
         if getattr(effects, "tensor_hooks", None):
             raise CaptureError("Tensor.register_hook inside training_step: the tracer would drop it in silence.")
         changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
-        foreign = [v for v in changed if not _is_new(v) and not any(getattr(v, "value", None) is o for o in own)]
+        foreign = [v for v in changed if not _is_new(v) and not any(_held(v) is o for o in own)]
         foreign = [v for v in foreign if not _as_it_was(effects, v)]
+        self.growing = frozenset(name_of(v.source) for v in foreign if type(v).__name__ == "ListVariable" and v.source)
         if any(type(v).__name__ == "RandomVariable" for v in foreign):
             raise CaptureError("a random.Random of the module's own draws inside the step: the tracer would freeze its numbers.")
-        guards = {_name(g) for g in output.guards}
+        guards = {name_of(g) for g in output.guards}
         if any(n.endswith(".grad") and not n.endswith("autograd.grad") for n in guards):
             raise CaptureError("the step looks at the .grad of a parameter, which a captured step does not fill")
         if updates and any("param_groups" in _place(v) for v in foreign):
@@ -104,10 +136,14 @@ class _Entry:
         self.unvalidated = any("distributions" in g for g in guards)
         varying = [n for n in guards if n.rstrip("']").endswith(VARYING) or ".progress." in n]
         if foreign:
-            self.why_not = f"the step changes Python state ({type(getattr(foreign[0], 'value', foreign[0])).__name__})"
+            self.why_not = f"the step changes Python state ({type(_held(foreign[0]) or foreign[0]).__name__})"
         elif varying:
             self.why_not = f"the step reads {varying[0]}, which changes every step"
         self.pure = not (foreign or varying)
+
+    def forget(self) -> None:
+        """No tensor of its last call is kept."""
+        self.args = self.outs = self.work = ()
 
 
 def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
@@ -125,7 +161,7 @@ def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
 def _as_it_was(effects: Any, variable: Any) -> bool:
     """Were all that the step wrote on this object constants that stood there before (a flag set and put back)?"""
     written = getattr(effects, "store_attr_mutations", {}).get(variable)
-    holder = getattr(variable, "value", None)
+    holder = _held(variable)
     if not written or holder is None:
         return False
     try:
@@ -136,10 +172,17 @@ def _as_it_was(effects: Any, variable: Any) -> bool:
         return False
 
 
+def _held(variable: Any) -> Any:
+    """The object that Dynamo stands a variable for; None where it is no constant."""
+    try:
+        return getattr(variable, "value", None)
+    except Exception:  # a list of tensors
+        return None
+
+
 def _place(variable: Any) -> str:
     """Where Dynamo found an object, as it would write it."""
-    source = getattr(variable, "source", None)
-    return "" if source is None else _name(source)
+    return name_of(getattr(variable, "source", None))
 
 
 def _from_outside(number: torch.fx.Node) -> bool:
@@ -159,11 +202,6 @@ def _from_outside(number: torch.fx.Node) -> bool:
 
 def _is_new(variable: Any) -> bool:
     return "New" in type(variable.mutation_type).__name__
-
-
-def _name(guard: Any) -> str:
-    name = guard.name
-    return str(name() if callable(name) else name)
 
 
 def _never(*args: Any) -> Any:
@@ -202,6 +240,9 @@ class Plan:
         self.values = _picker([place[id(v)] for v in values])
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
         self.returned, read = _builder(raw.returned, place)
+        self.do = entry.lifted.do
+        self.work = [(number, [_place_of(v, place) for v in values]) for number, *values in entry.work]
+        read += [i for _, values in self.work for i in values if type(i) is int]
         self.read_by_user = sorted({*read, *(place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)])})
         self.left: float = VALIDATE_EVERY if entry.unvalidated else math.inf  # calls until the arguments' values are looked at
         self._addresses = [None if a is None else a.data_ptr() for a in self.args]
@@ -214,6 +255,9 @@ class Plan:
         same = len(self.args) == len(entry.args) and all(
             i in slots or a is b for i, (a, b) in enumerate(zip(self.args, entry.args, strict=True))
         )
+        lists = [v for _, *values in entry.work for v in values if type(v) is list]
+        known = [v for _, values in self.work for v in values if type(v) is list]
+        same = same and len(lists) == len(known) and all(a is b for a, b in zip(lists, known, strict=True))
         return same and entry is self.entry and type(batch) is self.kind and not self.moved()
 
     def moved(self) -> bool:
@@ -241,9 +285,18 @@ class Plan:
         for i, j in self.slots:
             args[i] = leaves[j]
         outs = self.run(*args)
+        for number, values in self.work:
+            self.do(number, [outs[v] if type(v) is int else v for v in values])
         loss = None if self.loss is None else outs[self.loss]
         returned = None if self.returned is None else self.returned(outs)
         return StepOutput(loss, self.keys, self.values(outs), returned, self.grads(outs), self.batch_size)
+
+
+def _place_of(value: Any, place: dict[int, int]) -> Any:
+    """Where a graph gives back a value that host work takes; a list that grows is itself."""
+    if type(value) is not list and id(value) not in place:
+        raise LookupError("host work takes a value that is no output of the graph")
+    return value if type(value) is list else place[id(value)]
 
 
 def _builder(returned: Any, place: dict[int, int]) -> tuple[Callable[[Sequence[Any]], Any] | None, list[int]]:

@@ -155,7 +155,7 @@ class TracedCall:
             self.plan = self._plans[key] = plan
             self._clean.add(key)
             self.direct = True
-        entry.args, entry.outs = (), ()
+        entry.forget()
 
     def _new_plan(self, trace: Trace, raw: Raw, batch: Any, key: Key) -> Plan | None:
         entry = trace.entry

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -21,14 +21,15 @@ _NUMBERS = itertools.count()
 
 
 def compiled(
-    function: Callable[..., Any], backend: Callable[..., Any], settings: dict[str, Any], *, whole: bool, dynamic: bool | None = None
-) -> Callable[..., Any]:
-    """``torch.compile`` of a function under these settings of Dynamo."""
+    function: Callable[..., Any], backend: Callable[..., Any], settings: dict[str, Any], *, whole: bool, dynamic: bool | None = None,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Callable[..., Any]:  # fmt: skip
+    """``torch.compile`` of a function under these settings of Dynamo, and within ``around()``."""
     assert isinstance(function, FunctionType)
     with unvalidated():  # the first use in a process switches the validation off for good
         context: Any = torch._dynamo.optimize(backend=backend, nopython=whole, dynamic=dynamic)
     if hasattr(context, "callback"):  # there is none where the tracer is switched off
-        context.callback = _Within(context.callback, settings)
+        context.callback = _Within(context.callback, settings, around)
     made: Callable[..., Any] = context(numbered(function))
     return made
 
@@ -36,12 +37,12 @@ def compiled(
 class _Within:
     """What the interpreter calls when no traced code fits."""
 
-    def __init__(self, callback: Callable[..., Any], settings: dict[str, Any]) -> None:
+    def __init__(self, callback: Callable[..., Any], settings: dict[str, Any], around: Callable[[], AbstractContextManager[Any]]) -> None:
         self._torchdynamo_orig_backend = callback  # by which Dynamo knows whose code is whose
-        self._settings = settings
+        self._settings, self._around = settings, around
 
     def __call__(self, *args: Any) -> Any:
-        with torch._dynamo.config.patch(self._settings), said_before(), unvalidated(), quiet():
+        with torch._dynamo.config.patch(self._settings), said_before(), unvalidated(), quiet(), self._around():
             return self._torchdynamo_orig_backend(*args)
 
 
