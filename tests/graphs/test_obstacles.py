@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasttrain
-from fasttrain.graphs import trace, traced, tracer
+from fasttrain.graphs import cut, trace, traced, tracer
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
 log = logging.getLogger("tests.obstacles")
@@ -176,6 +177,28 @@ def test_a_branch_on_a_value_cuts_the_step(capsys: pytest.CaptureFixture[str]) -
     assert (captured.capture.rung, captured.capture.whole) == ("compile", False)
     assert 1 <= captured.capture.pieces <= 2
     assert "test_obstacles.py" in str(captured.capture.obstacles[0])
+
+
+def test_new_code_in_every_step_is_not_compiled_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated functions are other functions in every step: a few are compiled, then they run as they are."""
+
+    class Generates(Branches):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            names: dict[str, Any] = {}
+            exec("def f(x):\n" + "    x = x * 0.5 + x.sin()\n" * 8 + "    return x", names)
+            return names["f"](super().training_step(batch, batch_idx))  # type: ignore[no-any-return]
+
+    compiled: list[int] = []
+    compile_fx = torch._inductor.compile_fx.compile_fx
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        compiled.append(1)
+        return compile_fx(*args, **kwargs)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", counted)
+    monkeypatch.setattr(cut, "MORE", 2)
+    both(Generates)
+    assert 1 <= len(compiled) <= 10
 
 
 def test_prints_are_printed_once_a_step(capsys: pytest.CaptureFixture[str]) -> None:
