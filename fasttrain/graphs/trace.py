@@ -16,11 +16,11 @@ from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.lifted import Lifted, name_of
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
-from fasttrain.graphs.tracer import DYNAMO, compiled, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, unvalidated
 from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
-VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of distributions out
+VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of arguments out
 
 
 class Trace:
@@ -133,7 +133,7 @@ class _Entry:
             raise CaptureError("the step looks at the .grad of a parameter, which a captured step does not fill")
         if updates and any("param_groups" in _place(v) for v in foreign):
             raise CaptureError("the step writes param_groups and moves the optimizer: the graph would do it the other way round")
-        self.unvalidated = any("distributions" in g for g in guards)
+        self.unvalidated = any("distributions" in g or VALIDATION in g for g in guards)
         varying = [n for n in guards if n.rstrip("']").endswith(VARYING) or ".progress." in n]
         if foreign:
             self.why_not = f"the step changes Python state ({type(_held(foreign[0]) or foreign[0]).__name__})"

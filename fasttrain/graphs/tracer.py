@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
@@ -16,6 +17,8 @@ import torch
 # read out of a tensor (``.item()`` for a log line) is read between the kernels.
 DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
 DYNAMO |= {"capture_scalar_outputs": True}
+
+VALIDATION = "_tensor_validation"  # how torchmetrics names them
 
 _NUMBERS = itertools.count()
 
@@ -68,7 +71,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def said_before() -> Iterator[None]:
     """Within a trace: a logger's call that says nothing - its level is off, or it speaks once and has spoken in the dry look -
-    is left out. Any other ends the trace there."""
+    is left out, and so is what only validates. Any other ends the trace there."""
     from torch._dynamo.variables import ConstantVariable, misc
 
     once = {f for f in vars(logging.Logger).values() if isinstance(f, functools._lru_cache_wrapper)}
@@ -85,11 +88,17 @@ def said_before() -> Iterator[None]:
     if before is not None:
         kind.call_method = call_method  # type: ignore[union-attr]
     try:
-        with torch._dynamo.config.patch(ignore_logger_methods=torch._dynamo.config.ignore_logger_methods | once):
+        with torch._dynamo.config.patch(ignore_logger_methods=torch._dynamo.config.ignore_logger_methods | once | _validations()):
             yield
     finally:
         if before is not None:
             kind.call_method = before  # type: ignore[union-attr]
+
+
+def _validations() -> set[Any]:
+    """torchmetrics' functions that look at their arguments' values and give nothing back. The dry look called them."""
+    loaded = [m for n, m in list(sys.modules.items()) if n.startswith("torchmetrics.functional.")]
+    return {f for m in loaded for n, f in vars(m).items() if n.endswith(VALIDATION)}
 
 
 @contextmanager

@@ -286,3 +286,28 @@ def test_the_place_of_an_obstacle(folder: str, tmp_path: Path) -> None:
     where = result.capture.obstacles[0].where
     own, line = where.split(" (in ")[0].split(":")
     assert (Path(own).name, "mine.py:3" in where) == ("mine.py" if folder == "torch" else Path(__file__).name, True), (where, line)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_metrics_of_torchmetrics_are_captured_whole(as_object: bool) -> None:
+    """Their validation of arguments, which looks at values, is left out as that of distributions is; their counts go on."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    kind = {"task": "multiclass", "num_classes": 4}
+
+    class Measures(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy = torchmetrics.Accuracy(**kind)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            out = self.b(torch.tanh(self.a(x)))
+            value = self.accuracy(out, y) if as_object else torchmetrics.functional.accuracy(out, y, **kind)
+            self.log("accuracy", value, on_epoch=True)
+            return F.cross_entropy(out, y)
+
+    _, captured, eager, module = both(Measures)
+    assert captured.capture.whole
+    assert (module.accuracy._update_count, eager.accuracy._update_count) == ((12, 12) if as_object else (0, 0))  # type: ignore[union-attr]
+    if as_object:
+        assert torch.equal(module.accuracy.compute(), eager.accuracy.compute())  # type: ignore[operator, union-attr]
