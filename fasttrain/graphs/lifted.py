@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.graphs.tracer import instead
 from fasttrain.module import Sink
 
 Made = Callable[[Sequence[Any]], Any]  # makes an argument out of the values that only the graph knows
@@ -87,21 +88,11 @@ class Lifted:
         functions = torch._dynamo.config.reorderable_logging_functions | {print, warnings.warn} | MODULE_LEVEL
         with (
             torch._dynamo.config.patch(reorderable_logging_functions=functions),
-            _instead(misc.DebuggingVariable, "call_function", call_function),
-            _instead(misc.LoggingLoggerVariable, "call_method", call_method),
-            _instead(VariableBuilder, "_wrap", wrap),
+            instead(misc.DebuggingVariable, "call_function", call_function),
+            instead(misc.LoggingLoggerVariable, "call_method", call_method),
+            instead(VariableBuilder, "_wrap", wrap),
         ):
             yield
-
-
-@contextmanager
-def _instead(kind: type, name: str, method: Any) -> Iterator[None]:
-    before = kind.__dict__[name]
-    setattr(kind, name, method)
-    try:
-        yield
-    finally:
-        setattr(kind, name, before)
 
 
 def name_of(source: Any) -> str:

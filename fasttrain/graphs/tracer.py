@@ -20,6 +20,8 @@ DYNAMO |= {"capture_scalar_outputs": True}
 
 VALIDATION = "_tensor_validation"  # how torchmetrics names them
 
+FACTORIES = frozenset((torch.arange, torch.tensor, torch.zeros, torch.ones, torch.full))
+
 _NUMBERS = itertools.count()
 
 
@@ -45,7 +47,7 @@ class _Within:
         self._settings, self._around = settings, around
 
     def __call__(self, *args: Any) -> Any:
-        with torch._dynamo.config.patch(self._settings), said_before(), unvalidated(), quiet(), self._around():
+        with torch._dynamo.config.patch(self._settings), said_before(), known(), found_below(), unvalidated(), quiet(), self._around():
             return self._torchdynamo_orig_backend(*args)
 
 
@@ -75,30 +77,71 @@ def said_before() -> Iterator[None]:
     from torch._dynamo.variables import ConstantVariable, misc
 
     once = {f for f in vars(logging.Logger).values() if isinstance(f, functools._lru_cache_wrapper)}
-    kind = getattr(misc, "LoggingLoggerVariable", None)
-    before = getattr(kind, "call_method", None)
+    before: Any = misc.LoggingLoggerVariable.call_method
 
     def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         level = getattr(logging, name.upper(), None)
         if isinstance(level, int) and not self.value.isEnabledFor(level):
             return ConstantVariable.create(None)
-        assert before is not None
         return before(self, tx, name, args, kwargs)
 
-    if before is not None:
-        kind.call_method = call_method  # type: ignore[union-attr]
-    try:
-        with torch._dynamo.config.patch(ignore_logger_methods=torch._dynamo.config.ignore_logger_methods | once | _validations()):
-            yield
-    finally:
-        if before is not None:
-            kind.call_method = before  # type: ignore[union-attr]
+    ignored = torch._dynamo.config.ignore_logger_methods | once | _validations()
+    with instead(misc.LoggingLoggerVariable, "call_method", call_method), torch._dynamo.config.patch(ignore_logger_methods=ignored):
+        yield
 
 
 def _validations() -> set[Any]:
     """torchmetrics' functions that look at their arguments' values and give nothing back. The dry look called them."""
     loaded = [m for n, m in list(sys.modules.items()) if n.startswith("torchmetrics.functional.")]
     return {f for m in loaded for n, f in vars(m).items() if n.endswith(VALIDATION)}
+
+
+@contextmanager
+def known() -> Iterator[None]:
+    """Within a trace: ``torch.arange(2, x.ndim).tolist()`` and its like, made of constants alone, are constants."""
+    from torch._dynamo.variables import TensorVariable
+    from torch._dynamo.variables.base import VariableTracker
+
+    before: Any = TensorVariable.method_tolist
+
+    def method_tolist(this: Any, tx: Any, *args: Any) -> Any:
+        node = this.as_proxy().node
+        if node.op == "call_function" and node.target in FACTORIES and not node.all_input_nodes:
+            return VariableTracker.build(tx, node.target(*node.args, **node.kwargs).tolist())
+        return before(this, tx, *args)
+
+    with instead(TensorVariable, "method_tolist", method_tolist):
+        yield
+
+
+@contextmanager
+def found_below() -> Iterator[None]:
+    """Within a trace: a submodule whose name is also a property that raises is found where ``nn.Module.__getattr__`` finds it."""
+    from torch._dynamo.variables import ConstantVariable, nn_module
+
+    kind = nn_module.UnspecializedNNModuleVariable
+    method = "var_getattr" if hasattr(kind, "var_getattr") else "tp_getattro_impl"  # as from torch 2.15 on
+    before: Any = getattr(kind, method)
+
+    def var_getattr(this: Any, tx: Any, name: str) -> Any:
+        below = this.value.__dict__.get("_modules", {}).get(name)
+        if below is not None and hasattr(type(this.value), name) and getattr(this.value, name, None) is below:
+            return before(this, tx, "_modules").call_method(tx, "__getitem__", [ConstantVariable.create(name)], {})
+        return before(this, tx, name)
+
+    with instead(kind, method, var_getattr):
+        yield
+
+
+@contextmanager
+def instead(kind: type, name: str, method: Any) -> Iterator[None]:
+    """Within: a class of Dynamo's with another method."""
+    own = kind.__dict__.get(name)  # None: inherited, in some versions of torch
+    setattr(kind, name, method)
+    try:
+        yield
+    finally:
+        delattr(kind, name) if own is None else setattr(kind, name, own)
 
 
 @contextmanager
