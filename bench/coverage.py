@@ -133,7 +133,7 @@ def cover(case: Case, sides: Sequence[str], steps: int, rounds: int, limit_s: fl
                 seen[s] |= live[s].ask("stop")
     for record in seen.values():
         record["us"] = statistics.median(record["us_each"]) if record["us_each"] else None
-    return judged({"name": case.name, "packages": {n: _version(n) for n in case.needs}, "steps": steps, "sides": seen})
+    return judged({"name": case.name, "packages": {n: _version(n) for n in case.needs}, "steps": steps, "early": case.early, "sides": seen})
 
 
 @contextlib.contextmanager

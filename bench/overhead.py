@@ -255,9 +255,9 @@ CASES: dict[str, Case] = {
     "GAN, frequency 5 and 1": Case(module=TakingTurns, most=30),
     "GAN, manual": Case(module=ManualGAN, most=70),
     "TBPTT, four splits a batch": Case(module=Recurrent, data=sequences, most=320),
-    "somebody's on_train_batch_end": Case(options=lambda: {"callbacks": [ForeignCallback()]}, most=160),
-    "the module's on_train_batch_end": Case(module=EndHook, most=170),
-    "optimizer_step overridden": Case(module=OwnUpdate, most=140),
+    "somebody's on_train_batch_end": Case(options=lambda: {"callbacks": [ForeignCallback()]}, most=130),
+    "the module's on_train_batch_end": Case(module=EndHook, most=140),
+    "optimizer_step overridden": Case(module=OwnUpdate, most=115),
 }
 
 

@@ -32,6 +32,7 @@ class Sink:
         self.outside: Callable[[str, Any, Mapping[str, Any]], None] | None = None
         self.on_step_default, self.on_epoch_default = True, False
         self.off = False  # barebones: nothing is logged
+        self.muted = False  # a step is only tried: what it says and keeps on the host is nobody's news
         self.hook = ""  # that is running, outside a step
 
     def log(

@@ -35,6 +35,7 @@ class Case:
     name: str
     needs: tuple[str, ...]
     make: Callable[[], Subject]  # imports what it needs itself; seeded by the caller
+    early: int | None = None  # losses to be compared, where rounding grows from step to step; None: all of them
 
     def missing(self) -> str:
         """Why this case cannot run here; empty when it can."""

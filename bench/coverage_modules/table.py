@@ -16,8 +16,9 @@ def judged(case: dict[str, Any]) -> dict[str, Any]:
     for name, side in sides.items():
         if name == "reference":
             continue
-        for what in ("losses", "norms"):
-            side[f"{what}_apart"] = _apart(reference.get(what), side.get(what))
+        early = case.get("early")
+        side["losses_apart"] = _apart(reference.get("losses", [])[:early], side.get("losses", [])[:early])
+        side["norms_apart"] = _apart(reference.get("norms"), side.get("norms"))
         side["start_apart"] = _apart(reference.get("losses", [])[:3], side.get("losses", [])[:3])
         side["mean_apart"] = _apart(_mean(reference.get("losses")), _mean(side.get("losses")))
         each = [a / b for a, b in zip(reference.get("us_each", []), side.get("us_each", []), strict=False)]

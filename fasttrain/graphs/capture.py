@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from fasttrain.errors import CaptureError, DataError, FasttrainError
 from fasttrain.graphs import decisions
 from fasttrain.graphs.contract import copied, describe
-from fasttrain.graphs.cut import CutFunction
+from fasttrain.graphs.cut import LEAST_OPS, CutFunction
 from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
 from fasttrain.graphs.look import first_part, look, toggles_are_local
 from fasttrain.graphs.maker import StepMaker, cut_functions, tried
@@ -25,11 +25,9 @@ from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
 from fasttrain.graphs.verify import verified
-from fasttrain.module import loss_of
 from fasttrain.options import Options
 from fasttrain.results import Build, CaptureReport, Obstacle
 
-LEAST_OPS = 8  # operations in a compiled stretch, on the average, from which cutting is tried
 SAVING = 0.3  # the least share of an eager step that compiling is expected to save when nothing was measured yet
 
 
@@ -169,22 +167,34 @@ def _traced(
 def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: Build) -> tuple[Step, CaptureReport]:
     """Compiled stretches around what cannot be traced; eager where they come to next to nothing."""
     started = time.perf_counter()
-    step = maker.captured(build)
-    functions, error, pieces = cut_functions(step), None, 0
-    for _ in range(3):  # counters and numbers change at the second; no gradient hook hears of it
-        before = sum(f.ran for f in functions)
-        error = error or _try(maker, step, batch, functions if maker.trainable.form != "manual" else ())
-        pieces = sum(f.ran for f in functions) - before
+    step, pieces, error = _tried_in_pieces(maker, batch, build)
+    if pieces == 0 and error is None and maker.options.capture == "auto" and maker.decided is None:
+        why_not = report.obstacles[-1] if report.obstacles else ""
+        return _eager(maker, report, f"it cannot be traced whole, and its pieces are small: {why_not}")
+    if pieces == 0 and error is None:  # asked for, or as it was
+        step, pieces, error = _tried_in_pieces(maker, batch, build, least=1)
     if error is not None or pieces == 0:
         return _not_captured(maker, report, error)
-    if maker.options.capture == "auto" and maker.decided is None and sum(f.ops for f in functions) < LEAST_OPS * pieces:
-        why_not = report.obstacles[-1] if report.obstacles else ""
-        return _eager(maker, report, f"it cannot be traced whole, and its {pieces} pieces are small: {why_not}")
     report.compile_s = time.perf_counter() - started
     maker.say(f"compiled in {pieces} pieces in {report.compile_s:.1f} s")
     report.rung, report.whole, report.pieces, report.why = "compile", False, pieces, why
     report.threads, report.build = torch.get_num_threads(), build
     return step, report
+
+
+def _tried_in_pieces(maker: StepMaker, batch: Any, build: Build, least: int = LEAST_OPS) -> tuple[Step, int, Exception | None]:
+    """The cut step, how many compiled stretches it runs, and what went wrong."""
+    step = maker.captured(build)
+    functions, error, pieces = cut_functions(step), None, 0
+    for f in functions:
+        f.least = least
+    for _ in range(3):  # counters and numbers change at the second; forward alone, so that no gradient hook hears of it
+        before = sum(f.ran for f in functions)
+        error = error or _try(maker, step, batch, functions if maker.trainable.form != "manual" else ())
+        pieces = sum(f.ran for f in functions) - before
+    for f in functions:
+        f.settle()
+    return step, pieces, error
 
 
 def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception | None) -> tuple[Step, CaptureReport]:
@@ -202,10 +212,7 @@ def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFuncti
     try:
         with maker.trial():
             for i, function in enumerate(functions):
-                part = first_part(maker.trainable, copied(batch))
-                loss = loss_of(forward(maker.trainable, maker.spec, "train", part, 0, i, function)[0])
-                if loss is not None and not gradient_hooks(maker.trainable.module):  # compiled stretches have no second gradient
-                    torch.autograd.grad(loss, trainable_params(maker.optimizers[i]), allow_unused=True)
+                forward(maker.trainable, maker.spec, "train", first_part(maker.trainable, copied(batch)), 0, i, function)
             traces = [0]
             for i in range(0 if functions else runs):
                 step.micro_step(copied(batch), i, first=True, last=True, divisor=1, opened=1)
@@ -313,7 +320,7 @@ def settings(options: Options) -> Any:
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
     try:
-        with torch.autograd.set_detect_anomaly(True) if options.detect_anomaly else nullcontext():
+        with torch.autograd.set_detect_anomaly(options.detect_anomaly):  # off, too: as in Lightning, whatever a library has set
             yield
     finally:
         torch.set_num_threads(threads)

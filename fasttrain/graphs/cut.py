@@ -6,20 +6,27 @@ the backward pass is autograd's, over the compiled backward of each stretch; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import FunctionType
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
+from fasttrain.errors import CaptureError
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
-from fasttrain.graphs.trace import DYNAMO, numbered, quiet, said_before, unread_masks, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, compiled, unread_masks, unvalidated
 from fasttrain.results import Build
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
 CUT = DYNAMO | {"trace_autograd_ops": False, "capture_scalar_outputs": False}
 CUT |= {"suppress_errors": True, "recompile_limit": 8}
+
+
+LEAST_OPS = 8  # operations from which a stretch is compiled; what is smaller loses more around its kernels than it gains in them
+MORE = 32  # stretches that may still be compiled once the step is settled (other sizes, other branches)
 
 
 class CutFunction:
@@ -28,24 +35,62 @@ class CutFunction:
     def __init__(self, function: Callable[[Any, int, int], Any], spec: StepSpec, build: Build) -> None:
         self._spec = spec
         self._patches: dict[str, Any] = {"fallback_random": True, "cpp.threads": build.kernel_threads}
+        self.least = LEAST_OPS
         self.ran = 0  # compiled stretches run so far
-        self.ops = 0
-        assert isinstance(function, FunctionType)
-        with unvalidated():
-            self._call = torch.compile(numbered(function), dynamic=None, backend=self._backend)
+        self.compiled = 0
+        self._most = math.inf  # to be compiled in all
+        self._call = compiled(function, self._backend, CUT, whole=False)
 
     def __call__(self, *args: Any) -> Any:
-        with torch._dynamo.config.patch(CUT), said_before(), layers_apart(), unread_masks(), unvalidated(), quiet():
+        # A step whose Python makes new code all the time would be compiled for ever: what is there is used, the rest runs as it is.
+        stance = torch.compiler.set_stance("eager_on_recompile") if self.compiled >= self._most else nullcontext()
+        with layers_apart(), unread_masks(), first_gradients(), unvalidated(), stance:
             return self._call(*args)
+
+    def settle(self) -> None:
+        """It has been tried: from now on little is compiled."""
+        self._most = self.compiled + MORE
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        self.ops += sum(node.op.startswith("call") for node in graph.graph.nodes)
-        compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
+        self.compiled += 1
+        if sum(node.op.startswith("call") for node in graph.graph.nodes) < self.least:
+            return graph.forward
+        run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 
         def counted(*args: Any) -> Any:
             self.ran += 1
-            return compiled(*args)
+            return run(*args)
 
         return counted
+
+
+@contextmanager
+def first_gradients() -> Iterator[None]:
+    """Within: a gradient that is to have one of its own is refused where a compiled stretch lies on its way. A stretch has only
+    the first, and torch 2.11 takes zero for the second in silence."""
+    engine: Any = torch.autograd
+    before = engine._engine_run_backward
+
+    def run(outputs: Sequence[Tensor], grads: Any, keep: bool, create: bool, *args: Any, **kwargs: Any) -> Any:
+        if create and any("CompiledFunction" in node.name() for node in _graph_of(outputs)):
+            raise CaptureError("a gradient of a gradient through a compiled stretch, which has none")
+        return before(outputs, grads, keep, create, *args, **kwargs)
+
+    engine._engine_run_backward = run
+    try:
+        yield
+    finally:
+        engine._engine_run_backward = before
+
+
+def _graph_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """Every node of autograd's graph behind these."""
+    stack: list[Any] = [t.grad_fn for t in outputs]
+    seen = {None}
+    while stack:
+        if (node := stack.pop()) not in seen:
+            seen.add(node)
+            yield node
+            stack += [n for n, _ in node.next_functions]

@@ -74,4 +74,4 @@ class EvalStep:
             self._plan = Plan(entry, raw, batch)
         except LookupError:
             self._plan = None  # its guards are evaluated at every call then
-        entry.args, entry.outs = (), ()
+        entry.forget()

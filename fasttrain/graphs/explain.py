@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from fasttrain.results import CaptureReport, Obstacle
+
+_FASTTRAIN, _TORCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(torch.__file__))
 
 ADVICE = (
     (r"[Dd]ata.dependent", "A Python branch on a tensor's value: use torch.where, or move the check out of training_step."),
@@ -48,32 +52,33 @@ def _first_line(text: str) -> str:
 
 
 def _where(error: BaseException) -> str:
-    stack = list(getattr(error, "real_stack", None) or [])
-    frames = [(f.filename, f.lineno or 0) for f in stack]
+    """The innermost line of the user's, and the library's below it; torch's and ours are nobody's to change."""
+    frames = [(f.filename, f.lineno or 0) for f in list(getattr(error, "real_stack", None) or [])]
     if not frames:
         frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
-    mine = [f for f in frames if is_user_file(f[0])] or [f for f in frames if not _is_machinery(f[0])]
-    return f"{mine[-1][0]}:{mine[-1][1]}" if mine else ""
+    outside = [f for f in frames if not _is_machinery(f[0])]
+    mine = [f for f in outside if is_user_file(f[0])]
+    if not outside:
+        return ""
+    (innermost, line), user = outside[-1], mine[-1] if mine else outside[-1]
+    inside = "" if user == outside[-1] else f" (in {innermost.split('site-packages' + os.sep)[-1]}:{line})"
+    return f"{user[0]}:{user[1]}{inside}"
 
 
 def _is_machinery(filename: str) -> bool:
     """Torch's, ours, or generated: no place to point at."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    inside = os.path.abspath(filename)
-    return filename.startswith("<") or inside.startswith(package + os.sep) or f"{os.sep}torch{os.sep}" in inside
+    return filename.startswith("<") or _lies_in(filename, _FASTTRAIN, _TORCH)
 
 
 def is_user_file(filename: str) -> bool:
-    """Code the user can change: not torch's, not ours, not Python's own."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    library = os.path.dirname(os.__file__)
-    inside = os.path.abspath(filename)
-    return (
-        not filename.startswith("<")
-        and not inside.startswith((package + os.sep, library + os.sep))
-        and not any(f"{os.sep}{name}{os.sep}" in inside for name in ("torch", "pytorch_lightning", "lightning"))
-        and "site-packages" not in inside
-    )
+    """Code the user can change: not torch's, not ours, not Python's own, not an installed package's."""
+    lightning = [os.path.dirname(f) for n in ("pytorch_lightning", "lightning") if (f := getattr(sys.modules.get(n), "__file__", None))]
+    inside = _lies_in(filename, os.path.dirname(os.__file__), *lightning) or "site-packages" in filename
+    return not inside and not _is_machinery(filename)
+
+
+def _lies_in(filename: str, *folders: str) -> bool:
+    return os.path.abspath(filename).startswith(tuple(f + os.sep for f in folders))
 
 
 def hook_obstacles(module: nn.Module, live: Iterable[str]) -> list[Obstacle]:

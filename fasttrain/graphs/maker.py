@@ -98,14 +98,14 @@ class StepMaker:
     def trial(self) -> Iterator[None]:
         """Within: a step is looked at or timed. What it prints is nobody's news, and no hook hears of it."""
         sink = self.trainable.sink
-        outside, sink.outside, self.hooks.muted = sink.outside, None, True
+        outside, sink.outside, sink.muted, self.hooks.muted = sink.outside, None, True, True
         scale = None if self.scaler is None else self.scaler.state_dict()
         try:
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # the tracer looks at everything
                 yield
         finally:
-            sink.outside, self.hooks.muted = outside, False
+            sink.outside, sink.muted, self.hooks.muted = outside, False, False
             if self.scaler is not None and scale is not None:
                 self.scaler.load_state_dict(scale)
 

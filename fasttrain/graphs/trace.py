@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from operator import itemgetter
-from types import FunctionType
+from contextlib import contextmanager, nullcontext
+from operator import is_, itemgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.modules import transformer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
+from fasttrain.graphs.lifted import Lifted, name_of
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
 from fasttrain.graphs.recurrent import whole_layers
+from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, unread_masks, unvalidated
 from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
-
-
-# Ints on a module (counters) become symbols at their second value; a step that still changes is given up early. A number
-# read out of a tensor (``.item()`` for a log line) is read between the kernels.
-DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
-DYNAMO |= {"capture_scalar_outputs": True, "allow_rnn": True}
-
-_NUMBERS = itertools.count()
+STOOD_IN = ("._VF.", "._detect_is_causal_mask")
+VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of arguments out
 
 
 class Trace:
     """One ``torch.compile`` of a step, and what its last guarded call really ran."""
 
     def __init__(
-        self, function: Callable[..., Raw], own: tuple[object, ...], spec: StepSpec, *, dynamic: bool, build: Build,
+        self, function: Callable[..., Raw], own: tuple[Any, ...], spec: StepSpec, *, dynamic: bool, build: Build,
         updates: bool = False,
     ) -> None:  # fmt: skip
         self._updates = updates  # are optimizers moved inside the function?
-        self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change
+        self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change, the sink first
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
         self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
@@ -51,124 +42,97 @@ class Trace:
             self._patches["post_grad_custom_pre_pass"] = small_products()
         self.count = 0
         self.entry: _Entry | None = None
-        assert isinstance(function, FunctionType)
-        with unvalidated():  # the first torch.compile of a process switches the validation off for good
-            self._call = torch.compile(numbered(function), fullgraph=True, dynamic=True if dynamic else None, backend=self._backend)
+        self._unvalidated = self._stood_in = False  # do guards look at what is otherwise within a trace?
+        self._function, self._dynamic = function, True if dynamic else None
+        self._lifted = Lifted(own[0])
+        self._growing: frozenset[str] | None = None  # lists that a step appends to, to be lifted; None: nobody has looked yet
+        self._call = self._compiled()
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
-        patched = torch._dynamo.config.patch(DYNAMO)
-        with self._spec.default_dtype(), patched, said_before(), whole_layers(), unread_masks(), unvalidated(), quiet():
-            out: Raw = self._call(*args)
-        return out
+        try:
+            unchecked = unvalidated() if self._unvalidated else nullcontext()
+            with self._spec.default_dtype(), unchecked, stood_in() if self._stood_in else nullcontext():
+                raw: Raw = self._call(*args)
+        except Exception:
+            if not self._otherwise():
+                raise
+            return self(*args)
+        work = [i for i in raw.items if type(i[0]) is int]
+        if self.entry is not None:
+            self.entry.work = work
+        for number, *values in work:
+            self._lifted.do(number, values)
+        return raw._replace(items=[i for i in raw.items if type(i[0]) is not int]) if work else raw
+
+    def _compiled(self) -> Callable[..., Any]:
+        return compiled(self._function, self._backend, DYNAMO, whole=True, dynamic=self._dynamic, around=self._around)
+
+    @contextmanager
+    def _around(self) -> Iterator[None]:
+        with self._lifted.lifting(), stood_in():
+            yield
+
+    def _otherwise(self) -> bool:
+        """After a failure: once with the growing lists lifted, and where that fails with them in the trace."""
+        if not self._growing and not self._lifted.lists:
+            return False
+        self._lifted.lists, self._growing = self._growing or frozenset(), frozenset()
+        self._call = self._compiled()
+        return True
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        entry = _Entry()
+        entry = _Entry(self._lifted)
         entry.inspect(self._own, self._updates)
+        if entry.growing and self._growing is None:
+            self._growing = entry.growing
+            raise CaptureError("lists grow, and are lifted now")
         _refuse_frozen_floats(graph)
         self.count += 1
+        self._unvalidated |= entry.unvalidated
+        self._stood_in |= entry.stood_in
         entry.run = entry.compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 
         def recorded(*args: Any) -> Any:
-            versions = [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
+            versions = _versions(args) if entry.written is None else ()
             outs = entry.run(*args)
-            entry.written = {
-                id(a) for a, v in zip(args, versions, strict=True) if isinstance(a, Tensor) and not a.is_inference() and a._version != v
-            }
+            if entry.written is None:
+                entry.written = {i for i, (v, w) in enumerate(zip(versions, _versions(args), strict=True)) if v != w}
             entry.args, entry.outs, self.entry = args, outs, entry
             return outs
 
         return recorded
 
 
-def numbered(function: FunctionType) -> FunctionType:
-    """The function with a code object and a name of its own: Dynamo's cache and recompile limit belong to the code, and
-    what it has learnt of changing sizes to the code's name and place, not to the closure."""
-    code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
-    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Dynamo logs what we report in a sentence ourselves; its errors still come as exceptions."""
-    log = logging.getLogger("torch._dynamo")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
+def stood_in() -> Iterator[None]:
+    """Within: what stands in for functions of torch's is there, for a trace or for the guards it left."""
+    with whole_layers(), unread_masks():
         yield
-    finally:
-        log.setLevel(level)
 
 
-@contextmanager
-def said_before() -> Iterator[None]:
-    """Within a trace: a logger's call that says nothing - its level is off, or it speaks once and has spoken in the dry look -
-    is left out. Any other ends the trace there."""
-    from torch._dynamo.variables import ConstantVariable, misc
-
-    once = {f for f in vars(logging.Logger).values() if isinstance(f, functools._lru_cache_wrapper)}
-    kind = getattr(misc, "LoggingLoggerVariable", None)
-    before = getattr(kind, "call_method", None)
-
-    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-        level = getattr(logging, name.upper(), None)
-        if isinstance(level, int) and not self.value.isEnabledFor(level):
-            return ConstantVariable.create(None)
-        assert before is not None
-        return before(self, tx, name, args, kwargs)
-
-    if before is not None:
-        kind.call_method = call_method  # type: ignore[union-attr]
-    try:
-        with torch._dynamo.config.patch(ignore_logger_methods=torch._dynamo.config.ignore_logger_methods | once):
-            yield
-    finally:
-        if before is not None:
-            kind.call_method = before  # type: ignore[union-attr]
-
-
-@contextmanager
-def unvalidated() -> Iterator[None]:
-    """Within a trace: torch.distributions does not look at its arguments' values. The dry look did."""
-    kind = torch.distributions.Distribution
-    before = kind._validate_args
-    kind.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        kind.set_default_validate_args(before)
-
-
-def _said_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-    return is_causal is True
-
-
-@contextmanager
-def unread_masks() -> Iterator[None]:
-    """Within a trace: nn.Transformer does not read a mask to find out whether it is the causal one. Applied as it stands it
-    gives the same result."""
-    before = transformer._detect_is_causal_mask
-    transformer._detect_is_causal_mask = _said_causal
-    try:
-        yield
-    finally:
-        transformer._detect_is_causal_mask = before
+def _versions(args: Sequence[Any]) -> list[int]:
+    return [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
 
 
 class _Entry:
     """One compiled graph: its callable, whether calling it alone is the whole step, and its last call."""
 
-    def __init__(self) -> None:
+    def __init__(self, lifted: Lifted) -> None:
+        self.lifted = lifted
+        self.growing: frozenset[str] = frozenset()  # lists that were there before and are longer now
+        self.work: Sequence[Sequence[Any]] = ()  # what its last call left to the host
         self.compiled: Callable[..., Any] = _never
         self.run: Callable[..., Any] = _never  # ``compiled``, or what stands in for it
         self.args: Sequence[Any] = ()
         self.outs: Sequence[Any] = ()
         self.pure = False
-        self.written: set[int] = set()  # the arguments its last call wrote into
+        self.written: set[int] | None = None  # which arguments it writes into; None before its first call
         self.why_not = ""
         self.unvalidated = False  # checks of arguments' values were left out of it
+        self.stood_in = False  # functions of torch's were replaced in it
 
     def inspect(self, own: tuple[object, ...], updates: bool) -> None:
         """Called while Dynamo traces. Pure: no Python side effect but on ``own``, no guard on what changes every step."""
@@ -179,22 +143,28 @@ class _Entry:
         if getattr(effects, "tensor_hooks", None):
             raise CaptureError("Tensor.register_hook inside training_step: the tracer would drop it in silence.")
         changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
-        foreign = [v for v in changed if not _is_new(v) and not any(getattr(v, "value", None) is o for o in own)]
+        foreign = [v for v in changed if not _is_new(v) and not any(_held(v) is o for o in own)]
         foreign = [v for v in foreign if not _as_it_was(effects, v)]
+        self.growing = frozenset(name_of(v.source) for v in foreign if type(v).__name__ == "ListVariable" and v.source)
         if any(type(v).__name__ == "RandomVariable" for v in foreign):
             raise CaptureError("a random.Random of the module's own draws inside the step: the tracer would freeze its numbers.")
-        guards = {_name(g) for g in output.guards}
+        guards = {name_of(g) for g in output.guards}
         if any(n.endswith(".grad") and not n.endswith("autograd.grad") for n in guards):
             raise CaptureError("the step looks at the .grad of a parameter, which a captured step does not fill")
         if updates and any("param_groups" in _place(v) for v in foreign):
             raise CaptureError("the step writes param_groups and moves the optimizer: the graph would do it the other way round")
-        self.unvalidated = any("distributions" in g for g in guards)
+        self.unvalidated = any("distributions" in g or VALIDATION in g for g in guards)
+        self.stood_in = any(name in g for name in STOOD_IN for g in guards)
         varying = [n for n in guards if n.rstrip("']").endswith(VARYING) or ".progress." in n]
         if foreign:
-            self.why_not = f"the step changes Python state ({type(getattr(foreign[0], 'value', foreign[0])).__name__})"
+            self.why_not = f"the step changes Python state ({type(_held(foreign[0]) or foreign[0]).__name__})"
         elif varying:
             self.why_not = f"the step reads {varying[0]}, which changes every step"
         self.pure = not (foreign or varying)
+
+    def forget(self) -> None:
+        """No tensor of its last call is kept."""
+        self.args = self.outs = self.work = ()
 
 
 def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
@@ -212,7 +182,7 @@ def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
 def _as_it_was(effects: Any, variable: Any) -> bool:
     """Were all that the step wrote on this object constants that stood there before (a flag set and put back)?"""
     written = getattr(effects, "store_attr_mutations", {}).get(variable)
-    holder = getattr(variable, "value", None)
+    holder = _held(variable)
     if not written or holder is None:
         return False
     try:
@@ -223,10 +193,17 @@ def _as_it_was(effects: Any, variable: Any) -> bool:
         return False
 
 
+def _held(variable: Any) -> Any:
+    """The object that Dynamo stands a variable for; None where it is no constant."""
+    try:
+        return getattr(variable, "value", None)
+    except Exception:  # a list of tensors
+        return None
+
+
 def _place(variable: Any) -> str:
     """Where Dynamo found an object, as it would write it."""
-    source = getattr(variable, "source", None)
-    return "" if source is None else _name(source)
+    return name_of(getattr(variable, "source", None))
 
 
 def _from_outside(number: torch.fx.Node) -> bool:
@@ -248,11 +225,6 @@ def _is_new(variable: Any) -> bool:
     return "New" in type(variable.mutation_type).__name__
 
 
-def _name(guard: Any) -> str:
-    name = guard.name
-    return str(name() if callable(name) else name)
-
-
 def _never(*args: Any) -> Any:
     raise AssertionError("a graph that was never compiled")
 
@@ -266,7 +238,7 @@ class Plan:
             raise LookupError("the batch is not made of distinct tensors alone")
         if any(t.__dict__ for t in leaves) or (isinstance(batch, (list, tuple, dict)) and getattr(batch, "__dict__", None)):
             raise LookupError("the batch carries attributes of its own")
-        if entry.written & {id(t) for t in leaves}:
+        if {id(entry.args[i]) for i in entry.written or ()} & {id(t) for t in leaves}:
             raise LookupError("the step writes into its batch: only the guards see which of its tensors share memory")
         if not entry.pure:
             raise LookupError(entry.why_not)
@@ -289,23 +261,25 @@ class Plan:
         self.values = _picker([place[id(v)] for v in values])
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
         self.returned, read = _builder(raw.returned, place)
+        self.do = entry.lifted.do
+        self.work = [(number, [_place_of(v, place) for v in values]) for number, *values in entry.work]
+        read += [i for _, values in self.work for i in values if type(i) is int]
         self.read_by_user = sorted({*read, *(place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)])})
         self.left = math.inf  # calls until the arguments' values are looked at
-        self._addresses = [None if a is None else a.data_ptr() for a in self.args]
+        slots = {i for i, _ in self.slots}
+        self._fixed = _picker([i for i in range(len(self.args)) if i not in slots])  # weights, buffers, scalars of ours
+        self._addresses = list(map(Tensor.data_ptr, self._fixed(self.args)))
 
     def still_fits(self, entry: _Entry, batch: Any, raw: Raw) -> bool:
         """After a guarded call: is this the graph that ran, over the same tensors?"""
         if (raw.returned is None) != (self.returned is None) or keys_and_values(raw.items)[0] != self.keys:
             return False
-        slots = {i for i, _ in self.slots}
-        same = len(self.args) == len(entry.args) and all(
-            i in slots or a is b for i, (a, b) in enumerate(zip(self.args, entry.args, strict=True))
-        )
+        same = len(self.args) == len(entry.args) and all(map(is_, self._fixed(self.args), self._fixed(entry.args)))
         return same and entry is self.entry and type(batch) is self.kind and not self.moved()
 
     def moved(self) -> bool:
         """Does a weight or buffer lie elsewhere than when this plan was made?"""
-        return any(p is not None and p != a.data_ptr() for a, p in zip(self.args, self._addresses, strict=True))
+        return list(map(Tensor.data_ptr, self._fixed(self.args))) != self._addresses
 
     def __call__(self, batch: Any) -> StepOutput | None:
         """The step, or None when this batch is not what the graph was made for, or a look at it is due. No guard is evaluated."""
@@ -328,9 +302,18 @@ class Plan:
         for i, j in self.slots:
             args[i] = leaves[j]
         outs = self.run(*args)
+        for number, values in self.work:
+            self.do(number, [outs[v] if type(v) is int else v for v in values])
         loss = None if self.loss is None else outs[self.loss]
         returned = None if self.returned is None else self.returned(outs)
         return StepOutput(loss, self.keys, self.values(outs), returned, self.grads(outs), self.batch_size)
+
+
+def _place_of(value: Any, place: dict[int, int]) -> Any:
+    """Where a graph gives back a value that host work takes; a list that grows is itself."""
+    if type(value) is not list and id(value) not in place:
+        raise LookupError("host work takes a value that is no output of the graph")
+    return value if type(value) is list else place[id(value)]
 
 
 def _builder(returned: Any, place: dict[int, int]) -> tuple[Callable[[Sequence[Any]], Any] | None, list[int]]:
@@ -351,7 +334,7 @@ def _builder(returned: Any, place: dict[int, int]) -> tuple[Callable[[Sequence[A
     return build, [i for i in where if i is not None]
 
 
-def _picker(indices: list[int | None]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+def _picker(indices: Sequence[int | None]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     """A function that picks these places out of a graph's outputs, in C wherever it can be."""
     present = [i for i in indices if i is not None]
     if not present:

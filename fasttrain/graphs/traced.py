@@ -178,7 +178,7 @@ class TracedCall:
             plan.left = self._unlooked() - 1
             self._clean.add(key)
             self.direct = True
-        entry.args, entry.outs = (), ()
+        entry.forget()
 
     def _new_plan(self, trace: Trace, raw: Raw, batch: Any, key: Key) -> Plan | None:
         entry = trace.entry

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasttrain
-from fasttrain.graphs import trace, traced
+from fasttrain.graphs import cut, traced, tracer
 from tests.parity.modules import assert_finite
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
 log = logging.getLogger("tests.obstacles")
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 class Net(nn.Module):
@@ -92,6 +96,29 @@ class Silent(Net):
         return self.loss(batch)
 
 
+class SumsOver(Net):
+    """Dimensions listed by way of a tensor, as in monai's Dice loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        axes = torch.arange(0, batch[0].ndim).tolist()
+        return self.loss(batch) + self.a(batch[0]).square().mean(axes)
+
+
+class HeadIsAProperty(Net):
+    """``self.head = module`` under a property without a setter: nn.Module finds it where the property fails."""
+
+    @property
+    def head(self) -> Any:
+        return self._head
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch) + F.cross_entropy(self.head(batch[0]), batch[1])
+
+
 class Branches(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -131,6 +158,14 @@ def test_numbers_kept_in_a_list() -> None:
     _, _, eager, module = both(KeepsNumbers)
     assert module.seen == pytest.approx(eager.seen, rel=1e-5)  # type: ignore[arg-type]
     assert len(module.seen) == 12  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [SumsOver, HeadIsAProperty])
+def test_what_plain_tracing_stumbles_over(make: type[Net]) -> None:
+    """One whole graph, past the guards."""
+    _, captured, _, _ = both(make)
+    whole = make is not SumsOver or TORCH < (2, 15)  # whose tracer keeps a table of its own of a tensor's methods
+    assert (captured.capture.whole, captured.capture.direct) == (whole, whole)
 
 
 def test_a_flag_set_and_put_back_is_no_change() -> None:
@@ -175,6 +210,28 @@ def test_a_branch_on_a_value_cuts_the_step(capsys: pytest.CaptureFixture[str]) -
     assert (captured.capture.rung, captured.capture.whole) == ("compile", False)
     assert 1 <= captured.capture.pieces <= 2
     assert "test_obstacles.py" in str(captured.capture.obstacles[0])
+
+
+def test_new_code_in_every_step_is_not_compiled_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated functions are other functions in every step: a few are compiled, then they run as they are."""
+
+    class Generates(Branches):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            names: dict[str, Any] = {}
+            exec("def f(x):\n" + "    x = x * 0.5 + x.sin()\n" * 8 + "    return x", names)
+            return names["f"](super().training_step(batch, batch_idx))  # type: ignore[no-any-return]
+
+    compiled: list[int] = []
+    compile_fx = torch._inductor.compile_fx.compile_fx
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        compiled.append(1)
+        return compile_fx(*args, **kwargs)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", counted)
+    monkeypatch.setattr(cut, "MORE", 2)
+    both(Generates)
+    assert 1 <= len(compiled) <= 10
 
 
 def test_prints_are_printed_once_a_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,3 +336,76 @@ def test_rows_picked_by_value() -> None:
     """One graph whatever their number."""
     _, captured, _, _ = both(Picks)
     assert (captured.capture.whole, captured.capture.traces, captured.capture.direct) == (True, 1, True)
+
+
+def test_the_tracers_settings_cost_nothing_between_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's callback has the guards looked at in every step; the settings are in force once, for the trace."""
+    entered: list[str] = []
+
+    class Watched(tracer._Within):
+        def __call__(self, *args: Any) -> Any:
+            entered.append("settings")
+            return super().__call__(*args)
+
+    class Foreign(fasttrain.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            entered.append("batch")
+
+    class Plain(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+    monkeypatch.setattr(tracer, "_Within", Watched)
+    fasttrain.compile_fit(Plain(), capture="compile", callbacks=[Foreign()], **QUIET).fit(batches())
+    assert entered == ["settings", *["batch"] * 12]
+
+
+def test_a_librarys_anomaly_mode_is_off_within_a_fit() -> None:
+    """Set on import somewhere, it would end every capture; Lightning's Trainer switches it off, too."""
+    with torch.autograd.set_detect_anomaly(True):
+        _, captured, _, _ = both(Silent)
+        assert torch.is_anomaly_enabled()
+    assert captured.capture.whole
+
+
+@pytest.mark.parametrize("folder", ["torch", "site-packages"])
+def test_the_place_of_an_obstacle(folder: str, tmp_path: Path) -> None:
+    """A folder called torch is not torch; in a package, its line comes with the user's own."""
+    path = tmp_path / folder / "mine.py"
+    path.parent.mkdir()
+    path.write_text("def loss(module, batch):\n    value = module.loss(batch)\n    return value * 0.5 if value > 0 else value\n")
+    spec = importlib.util.spec_from_file_location("mine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    given = {"loss": lambda module, batch: mine.loss(module, batch), "optimizer": lambda p: torch.optim.SGD(p, lr=1e-2)}
+    result = fasttrain.compile_fit(Net(), capture="compile", **given, **QUIET).fit(batches())
+    where = result.capture.obstacles[0].where
+    own, line = where.split(" (in ")[0].split(":")
+    assert (Path(own).name, "mine.py:3" in where) == ("mine.py" if folder == "torch" else Path(__file__).name, True), (where, line)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_metrics_of_torchmetrics_are_captured_whole(as_object: bool) -> None:
+    """Their validation of arguments, which looks at values, is left out as that of distributions is; their counts go on."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    kind = {"task": "multiclass", "num_classes": 4}
+
+    class Measures(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy = torchmetrics.Accuracy(**kind)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            out = self.b(torch.tanh(self.a(x)))
+            value = self.accuracy(out, y) if as_object else torchmetrics.functional.accuracy(out, y, **kind)
+            self.log("accuracy", value, on_epoch=True)
+            return F.cross_entropy(out, y)
+
+    _, captured, eager, module = both(Measures)
+    assert captured.capture.whole or TORCH < (2, 13)
+    assert (module.accuracy._update_count, eager.accuracy._update_count) == ((12, 12) if as_object else (0, 0))  # type: ignore[union-attr]
+    if as_object:
+        assert torch.equal(module.accuracy.compute(), eager.accuracy.compute())  # type: ignore[operator, union-attr]

@@ -1,0 +1,174 @@
+"""The tracer as we use it: our settings are in force while it traces, and cost nothing when it does not."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import transformer
+
+# Ints on a module (counters) become symbols at their second value; a step that still changes is given up early. A number
+# read out of a tensor (``.item()`` for a log line) is read between the kernels.
+DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
+DYNAMO |= {"capture_scalar_outputs": True, "allow_rnn": True}
+
+VALIDATION = "_tensor_validation"  # how torchmetrics names them
+
+FACTORIES = frozenset((torch.arange, torch.tensor, torch.zeros, torch.ones, torch.full))
+
+_NUMBERS = itertools.count()
+
+
+def compiled(
+    function: Callable[..., Any], backend: Callable[..., Any], settings: dict[str, Any], *, whole: bool, dynamic: bool | None = None,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Callable[..., Any]:  # fmt: skip
+    """``torch.compile`` of a function under these settings of Dynamo, and within ``around()``."""
+    assert isinstance(function, FunctionType)
+    with unvalidated():  # the first use in a process switches the validation off for good
+        context: Any = torch._dynamo.optimize(backend=backend, nopython=whole, dynamic=dynamic)
+    if hasattr(context, "callback"):  # there is none where the tracer is switched off
+        context.callback = _Within(context.callback, settings, around)
+    made: Callable[..., Any] = context(numbered(function))
+    return made
+
+
+class _Within:
+    """What the interpreter calls when no traced code fits."""
+
+    def __init__(self, callback: Callable[..., Any], settings: dict[str, Any], around: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._torchdynamo_orig_backend = callback  # by which Dynamo knows whose code is whose
+        self._settings, self._around = settings, around
+
+    def __call__(self, *args: Any) -> Any:
+        with torch._dynamo.config.patch(self._settings), said_before(), known(), found_below(), unvalidated(), quiet(), self._around():
+            return self._torchdynamo_orig_backend(*args)
+
+
+def numbered(function: FunctionType) -> FunctionType:
+    """The function with a code object and a name of its own: Dynamo's cache and recompile limit belong to the code, and
+    what it has learnt of changing sizes to the code's name and place, not to the closure."""
+    code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Dynamo logs what we report in a sentence ourselves; its errors still come as exceptions."""
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def said_before() -> Iterator[None]:
+    """Within a trace: a logger's call that says nothing - its level is off, or it speaks once and has spoken in the dry look -
+    is left out, and so is what only validates. Any other ends the trace there."""
+    from torch._dynamo.variables import ConstantVariable, misc
+
+    once = {f for f in vars(logging.Logger).values() if isinstance(f, functools._lru_cache_wrapper)}
+    before: Any = misc.LoggingLoggerVariable.call_method
+
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        level = getattr(logging, name.upper(), None)
+        if isinstance(level, int) and not self.value.isEnabledFor(level):
+            return ConstantVariable.create(None)
+        return before(self, tx, name, args, kwargs)
+
+    ignored = torch._dynamo.config.ignore_logger_methods | once | _validations()
+    with instead(misc.LoggingLoggerVariable, "call_method", call_method), torch._dynamo.config.patch(ignore_logger_methods=ignored):
+        yield
+
+
+def _validations() -> set[Any]:
+    """torchmetrics' functions that look at their arguments' values and give nothing back. The dry look called them."""
+    loaded = [m for n, m in list(sys.modules.items()) if n.startswith("torchmetrics.functional.")]
+    return {f for m in loaded for n, f in vars(m).items() if n.endswith(VALIDATION)}
+
+
+@contextmanager
+def known() -> Iterator[None]:
+    """Within a trace: ``torch.arange(2, x.ndim).tolist()`` and its like, made of constants alone, are constants."""
+    from torch._dynamo.variables import TensorVariable
+    from torch._dynamo.variables.base import VariableTracker
+
+    before: Any = TensorVariable.method_tolist
+
+    def method_tolist(this: Any, tx: Any, *args: Any) -> Any:
+        node = this.as_proxy().node
+        if node.op == "call_function" and node.target in FACTORIES and not node.all_input_nodes:
+            return VariableTracker.build(tx, node.target(*node.args, **node.kwargs).tolist())
+        return before(this, tx, *args)
+
+    with instead(TensorVariable, "method_tolist", method_tolist):
+        yield
+
+
+@contextmanager
+def found_below() -> Iterator[None]:
+    """Within a trace: a submodule whose name is also a property that raises is found where ``nn.Module.__getattr__`` finds it."""
+    from torch._dynamo.variables import ConstantVariable, nn_module
+
+    kind = nn_module.UnspecializedNNModuleVariable
+    method = "var_getattr" if hasattr(kind, "var_getattr") else "tp_getattro_impl"  # as from torch 2.15 on
+    before: Any = getattr(kind, method)
+
+    def var_getattr(this: Any, tx: Any, name: str) -> Any:
+        below = this.value.__dict__.get("_modules", {}).get(name)
+        if below is not None and hasattr(type(this.value), name) and getattr(this.value, name, None) is below:
+            return before(this, tx, "_modules").call_method(tx, "__getitem__", [ConstantVariable.create(name)], {})
+        return before(this, tx, name)
+
+    with instead(kind, method, var_getattr):
+        yield
+
+
+@contextmanager
+def instead(kind: type, name: str, method: Any) -> Iterator[None]:
+    """Within: a class of Dynamo's with another method."""
+    own = kind.__dict__.get(name)  # None: inherited, in some versions of torch
+    setattr(kind, name, method)
+    try:
+        yield
+    finally:
+        delattr(kind, name) if own is None else setattr(kind, name, own)
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Within a trace: torch.distributions does not look at its arguments' values. The dry look did."""
+    kind = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)
+
+
+def _said_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
+@contextmanager
+def unread_masks() -> Iterator[None]:
+    """Within a trace: nn.Transformer does not read a mask to find out whether it is the causal one. Applied as it stands it
+    gives the same result."""
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = _said_causal
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
