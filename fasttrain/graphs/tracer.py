@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import logging
 import sys
@@ -34,11 +35,17 @@ def compiled(
     """``torch.compile`` of a function under these settings of Dynamo, and within ``around()``."""
     assert isinstance(function, FunctionType)
     with unvalidated():  # the first use in a process switches the validation off for good
-        context: Any = torch._dynamo.optimize(backend=backend, nopython=whole, dynamic=dynamic)
+        context: Any = torch._dynamo.optimize(backend=backend, nopython=whole, dynamic=dynamic, **_apart())
     if hasattr(context, "callback"):  # there is none where the tracer is switched off
         context.callback = _Within(context.callback, settings, around)
     made: Callable[..., Any] = context(numbered(function))
     return made
+
+
+@functools.cache
+def _apart() -> dict[str, bool]:
+    """What keeps the graphs of one fit from counting against the recompile limit of the next; torch 2.11 has nothing of the kind."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch._dynamo.eval_frame._optimize).parameters else {}
 
 
 class _Within:

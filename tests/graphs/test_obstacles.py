@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,26 @@ class Branches(Net):
         if loss > 1.4:
             loss = loss * 0.5
         return loss + 1e-3 * self.a.weight.square().sum()
+
+
+@pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="this torch counts all fits together")
+def test_a_fit_does_not_use_up_what_the_next_may_compile() -> None:
+    """Dynamo's recompile limit (8) is by code: ten modules of one class have the same."""
+
+    class Wide(Branches):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a, self.b, self.width = nn.Linear(width, 8), nn.Linear(8, 4), width
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            x = x.new_ones(len(x), self.width)
+            loss = F.cross_entropy(torch.tanh(self.b(torch.tanh(self.a(torch.tanh(x.sin()))))).sigmoid(), y)
+            return loss * 0.5 if loss > 9.0 else loss
+
+    for width in range(3, 13):
+        captured = fasttrain.compile_fit(Wide(width), capture="compile", **QUIET).fit(batches(3)).capture
+        assert (captured.whole, captured.pieces) == (False, 1)
 
 
 class Prints(Net):
