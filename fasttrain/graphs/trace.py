@@ -275,6 +275,10 @@ class Plan:
         if (raw.returned is None) != (self.returned is None) or keys_and_values(raw.items)[0] != self.keys:
             return False
         same = len(self.args) == len(entry.args) and all(map(is_, self._fixed(self.args), self._fixed(entry.args)))
+        if self.work:
+            known = [v for _, values in self.work for v in values if type(v) is list]
+            lists = [v for _, *values in entry.work for v in values if type(v) is list]
+            same = same and len(lists) == len(known) and all(map(is_, lists, known))
         return same and entry is self.entry and type(batch) is self.kind and not self.moved()
 
     def moved(self) -> bool:
