@@ -17,7 +17,7 @@ from torch import Tensor
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
-from fasttrain.graphs.tracer import DYNAMO, compiled, unread_masks, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, compiled, transformers, unvalidated
 from fasttrain.results import Build
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
@@ -44,7 +44,7 @@ class CutFunction:
     def __call__(self, *args: Any) -> Any:
         # A step whose Python makes new code all the time would be compiled for ever: what is there is used, the rest runs as it is.
         stance = torch.compiler.set_stance("eager_on_recompile") if self.compiled >= self._most else nullcontext()
-        with layers_apart(), unread_masks(), first_gradients(), unvalidated(), stance:
+        with layers_apart(), transformers(), first_gradients(), unvalidated(), stance:
             return self._call(*args)
 
     def settle(self) -> None:

@@ -21,6 +21,14 @@ Made = Callable[[Sequence[Any]], Any]  # makes an argument out of the values tha
 MODULE_LEVEL = frozenset((logging.debug, logging.info, logging.warning, logging.error, logging.critical))
 
 
+class HostWorkError(Exception):
+    """What host work of the user's raised, which is no failure of a trace."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Lifted:
     """What one trace has lifted. An item of the sink that starts with a number is host work: the number, then its values."""
 

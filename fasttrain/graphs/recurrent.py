@@ -82,7 +82,7 @@ def _as_eager(grad: bool) -> Iterator[None]:
     for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
         exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
     include = torch._C._dispatch_tls_local_include_set().add(torch._C.DispatchKey.ADInplaceOrView)
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.set_grad_enabled(grad):
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
 
 

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
-from fasttrain.graphs.lifted import Lifted, name_of
+from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
 from fasttrain.graphs.recurrent import whole_layers
-from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, unread_masks, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, transformers, unvalidated
 from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
@@ -62,7 +62,10 @@ class Trace:
         if self.entry is not None:
             self.entry.work = work
         for number, *values in work:
-            self._lifted.do(number, values)
+            try:
+                self._lifted.do(number, values)
+            except Exception as error:
+                raise HostWorkError(error) from error
         return raw._replace(items=[i for i in raw.items if type(i[0]) is not int]) if work else raw
 
     def _compiled(self) -> Callable[..., Any]:
@@ -109,7 +112,7 @@ class Trace:
 @contextmanager
 def stood_in() -> Iterator[None]:
     """Within: what stands in for functions of torch's is there, for a trace or for the guards it left."""
-    with whole_layers(), unread_masks():
+    with whole_layers(), transformers():
         yield
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fasttrain.graphs.contract import Key, key_of
 from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
+from fasttrain.graphs.lifted import HostWorkError
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
 from fasttrain.graphs.trace import Plan, Trace
 from fasttrain.module import Trainable
@@ -153,6 +154,8 @@ class TracedCall:
         started, before, rng = time.perf_counter(), trace.count, torch.get_rng_state()
         try:
             return trace(batch, batch_idx, *self.extra)
+        except HostWorkError as work:
+            raise work.error from None
         except Exception as error:
             if not self._ran:
                 raise

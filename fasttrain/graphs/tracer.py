@@ -13,7 +13,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import transformer
 
 # Ints on a module (counters) become symbols at their second value; a step that still changes is given up early. A number
@@ -169,13 +169,32 @@ def _said_causal(mask: Tensor | None, is_causal: bool | None = None, size: int |
     return is_causal is True
 
 
+def _encoded(self: nn.TransformerEncoder, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    padded = kwargs.get("src_key_padding_mask") is not None or (len(args) > 1 and args[1] is not None)
+    if padded and self.use_nested_tensor and not self.layers[0].training:
+        out: Tensor = _nested()(self, src, *args, **kwargs)
+        return out
+    return _FORWARD(self, src, *args, **kwargs)
+
+
+_FORWARD = nn.TransformerEncoder.forward
+
+
+@functools.cache
+def _nested() -> Any:
+    reason = "nn.TransformerEncoder in eval mode makes padded rows zero, and does not in a trace: enable_nested_tensor=False never does"
+    return torch._dynamo.disable(_FORWARD, reason=reason)  # type: ignore[no-untyped-call]
+
+
 @contextmanager
-def unread_masks() -> Iterator[None]:
-    """Within a trace: nn.Transformer does not read a mask to find out whether it is the causal one. Applied as it stands it
-    gives the same result."""
+def transformers() -> Iterator[None]:
+    """Within a trace: nn.Transformer does not read a mask to find out whether it is the causal one - applied as it stands it
+    gives the same result - and an encoder that would take its nested road in eval mode is left out."""
     before = transformer._detect_is_causal_mask
     transformer._detect_is_causal_mask = _said_causal
+    nn.TransformerEncoder.forward = _encoded  # type: ignore[method-assign]
     try:
         yield
     finally:
         transformer._detect_is_causal_mask = before
+        nn.TransformerEncoder.forward = _FORWARD  # type: ignore[method-assign]

@@ -225,3 +225,31 @@ def test_prints_of_several_optimizers(capsys: pytest.CaptureFixture[str]) -> Non
     fit(ByHand, "compile")
     assert [float(v) for v in capsys.readouterr().out.split()] == pytest.approx([float(v) for v in eager.split()], abs=2e-4)
     assert len(eager.split()) == 16
+
+
+class Breaks(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.args and record.args[0] == 3:  # type: ignore[index]
+            raise BrokenPipeError("nobody listens")
+
+
+def test_an_error_of_host_work_is_the_users() -> None:
+    """Not the tracer's: it ends the fit, and no step is run a second time."""
+
+    class Counts(Net):
+        def tell(self, loss: Tensor, batch_idx: int) -> None:
+            self.seen.append(loss.detach())
+            log.info("batch %d", batch_idx)
+
+    handler, level = Breaks(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        for rung in ("eager", "compile"):
+            module = Counts()
+            with pytest.raises(BrokenPipeError, match="nobody listens"):
+                fasttrain.compile_fit(module, capture=rung, **QUIET).fit(batches(6))
+            assert len(module.seen) == 4
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

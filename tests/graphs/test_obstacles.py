@@ -320,6 +320,30 @@ def test_a_mask_is_applied_and_not_read() -> None:
     assert (captured.capture.whole, captured.capture.traces) == (True, 1)
 
 
+class Taught(Net):
+    """A teacher in eval mode under a mask of padding: torch's own encoder gives zeros there, on a road that no trace takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.teacher = nn.TransformerEncoder(layer, 1).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0]
+        self.teacher.eval()
+        padding = torch.arange(5).expand(8, 5) > 2
+        with torch.no_grad():
+            target = self.teacher(x.unsqueeze(1) * torch.linspace(1, 2, 5).view(5, 1), src_key_padding_mask=padding)
+        return self.loss(batch) + (self.a(x)[:, :8] - target.mean(1)).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Dynamo does not know", "ignore:.*torch.compiler.disable")
+def test_an_encoder_that_takes_its_nested_road_runs_as_it_is() -> None:
+    _, captured, _, _ = both(Taught)
+    assert (captured.capture.rung, captured.capture.whole) == ("compile", False)
+    assert "enable_nested_tensor=False" in str(captured.capture.obstacles[0])
+
+
 class Asserts(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         assert_finite(batch[0])
