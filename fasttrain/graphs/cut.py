@@ -17,7 +17,7 @@ from torch import Tensor
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
-from fasttrain.graphs.tracer import DYNAMO, compiled, transformers, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, compiled, optimizers_alone, transformers, unvalidated
 from fasttrain.results import Build
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
@@ -39,7 +39,7 @@ class CutFunction:
         self.ran = 0  # compiled stretches run so far
         self.compiled = 0
         self._most = math.inf  # to be compiled in all
-        self._call = compiled(function, self._backend, CUT, whole=False)
+        self._call = compiled(function, self._backend, CUT, whole=False, around=optimizers_alone)
 
     def __call__(self, *args: Any) -> Any:
         # A step whose Python makes new code all the time would be compiled for ever: what is there is used, the rest runs as it is.

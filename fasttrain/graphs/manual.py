@@ -220,6 +220,9 @@ class ManualStep:
         self._toggled: int | None = None
         self._switched: list[tuple[Tensor, bool]] = []
         self._keys: tuple[LogKey, ...] = ()
+        if cut is not None:  # between stretches, as they are
+            for verb in ("backward", "step", "zero_grad", "clip", "toggle", "move", "taken"):
+                setattr(self, verb, torch.compiler.disable(getattr(self, verb)))  # type: ignore[no-untyped-call]
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         self.moved, self._last, self._refused = [0] * len(self._optimizers), None, False

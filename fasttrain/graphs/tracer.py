@@ -143,6 +143,15 @@ def found_below() -> Iterator[None]:
 
 
 @contextmanager
+def optimizers_alone() -> Iterator[None]:
+    """Within a trace in stretches: an optimizer that is looked into stays as it is. Dynamo would have it ``capturable``, on a CPU too."""
+    from torch._dynamo.variables.optimizer import OptimizerVariable
+
+    with instead(OptimizerVariable, "_set_capturable", lambda this, tx: None):
+        yield
+
+
+@contextmanager
 def instead(kind: type, name: str, method: Any) -> Iterator[None]:
     """Within: a class of Dynamo's with another method."""
     own = kind.__dict__.get(name)  # None: inherited, in some versions of torch
@@ -169,27 +178,24 @@ def _said_causal(mask: Tensor | None, is_causal: bool | None = None, size: int |
     return is_causal is True
 
 
+_FORWARD = nn.TransformerEncoder.forward
+_NESTED = "nn.TransformerEncoder makes padded rows zero in eval mode, which a trace does not; with enable_nested_tensor=False it never does"
+_APART: dict[str, Any] = {}  # functions that the tracer is kept out of
+
+
 def _encoded(self: nn.TransformerEncoder, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     padded = kwargs.get("src_key_padding_mask") is not None or (len(args) > 1 and args[1] is not None)
-    if padded and self.use_nested_tensor and not self.layers[0].training:
-        out: Tensor = _nested()(self, src, *args, **kwargs)
-        return out
-    return _FORWARD(self, src, *args, **kwargs)
-
-
-_FORWARD = nn.TransformerEncoder.forward
-
-
-@functools.cache
-def _nested() -> Any:
-    reason = "nn.TransformerEncoder in eval mode makes padded rows zero, and does not in a trace: enable_nested_tensor=False never does"
-    return torch._dynamo.disable(_FORWARD, reason=reason)  # type: ignore[no-untyped-call]
+    nested = padded and self.use_nested_tensor and not self.layers[0].training
+    out: Tensor = (_APART["nested"] if nested else _FORWARD)(self, src, *args, **kwargs)
+    return out
 
 
 @contextmanager
 def transformers() -> Iterator[None]:
     """Within a trace: nn.Transformer does not read a mask to find out whether it is the causal one - applied as it stands it
     gives the same result - and an encoder that would take its nested road in eval mode is left out."""
+    if not _APART:
+        _APART["nested"] = torch._dynamo.disable(_FORWARD, reason=_NESTED)  # type: ignore[no-untyped-call]
     before = transformer._detect_is_causal_mask
     transformer._detect_is_causal_mask = _said_causal
     nn.TransformerEncoder.forward = _encoded  # type: ignore[method-assign]
