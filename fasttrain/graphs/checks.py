@@ -114,10 +114,8 @@ def _raise_from(tx: Any, start: int) -> Any:
 
 def _is_caught(tx: Any) -> bool:
     """May somebody around this instruction go on after an exception? A ``with`` of torch's does not, a ``finally`` neither."""
-    from torch._dynamo.variables.ctx_manager import GenericContextWrappingVariable
-
     while tx is not None:
-        if any(isinstance(block.with_context, GenericContextWrappingVariable) for block in tx.block_stack):
+        if tx.active_generic_context_managers:  # somebody's own ``with``
             return True
         entry = tx.current_instruction.exn_tab_entry
         while entry is not None:
