@@ -51,7 +51,8 @@ def checking() -> Iterator[None]:
     methods: Any = TensorVariable.call_method
 
     def call_torch(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if this.value is torch._assert and args and (condition := _on_data(args[0], tx)) is not None:
+        condition = _on_data(args[0], tx) if this.value is torch._assert and args and not _is_caught(tx) else None
+        if condition is not None:
             return _assert_(condition, tx)
         shapes = [_shape(a) for a in args] if this.value is torch.equal and _decides(tx) else [None]
         if len(shapes) == 2 and shapes[0] is not None and shapes[0] == shapes[1]:
