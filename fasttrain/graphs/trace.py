@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
+from fasttrain.graphs.checks import CheckFailed, checked, checking
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
 from fasttrain.graphs.products import small_products
@@ -34,6 +35,7 @@ class Trace:
         updates: bool = False,
     ) -> None:  # fmt: skip
         self._updates = updates  # are optimizers moved inside the function?
+        self._checks = not updates and spec.device.type == "cpu"  # may it fail in its middle? A device that does is lost
         self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change, the sink first
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
         self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
@@ -54,6 +56,8 @@ class Trace:
             unchecked = unvalidated() if self._unvalidated else nullcontext()
             with self._spec.default_dtype(), unchecked, stood_in() if self._stood_in else nullcontext():
                 raw: Raw = self._call(*args)
+        except CheckFailed:
+            raise
         except Exception:
             if not self._otherwise():
                 raise
@@ -73,7 +77,7 @@ class Trace:
 
     @contextmanager
     def _around(self) -> Iterator[None]:
-        with self._lifted.lifting(), stood_in():
+        with self._lifted.lifting(), stood_in(), checking() if self._checks else nullcontext():
             yield
 
     def _otherwise(self) -> bool:
@@ -96,7 +100,8 @@ class Trace:
         self.count += 1
         self._unvalidated |= entry.unvalidated
         self._stood_in |= entry.stood_in
-        entry.run = entry.compiled = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
+        run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
+        entry.run = entry.compiled = checked(graph, run) if self._checks else run
 
         def recorded(*args: Any) -> Any:
             versions = _versions(args) if entry.written is None else ()
@@ -289,7 +294,7 @@ class Plan:
         return list(map(Tensor.data_ptr, self._fixed(self.args))) != self._addresses
 
     def __call__(self, batch: Any) -> StepOutput | None:
-        """The step, or None when this batch is not what the graph was made for, or a look at it is due. No guard is evaluated."""
+        """The step past its guards, or None: this batch is not what the graph was made for, fails a check, or is to be looked at."""
         self.left -= 1
         if self.left < 0:
             return None
@@ -308,7 +313,10 @@ class Plan:
         args = self.args
         for i, j in self.slots:
             args[i] = leaves[j]
-        outs = self.run(*args)
+        try:
+            outs = self.run(*args)
+        except CheckFailed:
+            return None
         for number, values in self.work:
             self.do(number, [outs[v] if type(v) is int else v for v in values])
         loss = None if self.loss is None else outs[self.loss]

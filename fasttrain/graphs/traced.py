@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.errors import CaptureError
+from fasttrain.graphs.checks import CheckFailed
 from fasttrain.graphs.contract import Key, key_of
 from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
@@ -46,6 +48,7 @@ class TracedCall:
         self.direct = False
         self.why_guarded = ""
         self.failed = self._unvalidated = False
+        self._check: CheckFailed | None = None  # by the last call
         self.op_by_op = False  # was the last call nobody's trace?
         self.guarded_calls = 0  # whose guards were evaluated
         self.count = 0  # calls, past the guards or through them
@@ -121,13 +124,15 @@ class TracedCall:
                 self.plan.left = VALIDATE_EVERY - 1
             looked = self.untraced(batch, batch_idx)
             return StepOutput(looked.loss, *keys_and_values(looked.items), looked.returned, looked.grads)
-        trace = self._trace_for(key)
+        trace, self._check = self._trace_for(key), None
         raw = self._traced(trace, batch, batch_idx) if trace is not None else None
         if raw is None or trace is None:
             self.plan = None
             if self._eager is not None:
                 return self._eager(batch, batch_idx)
-            raw = self.untraced(batch, batch_idx)
+            raw = self.untraced(batch, batch_idx)  # raises what a failed check raises
+            if self._check is not None:
+                raise CaptureError(f"captured, {self._check} fails in call {self.count}; op by op it does not. Use capture='eager'.")
         else:
             self._make_plan(trace, raw, batch, key)
         keys, values = keys_and_values(raw.items)
@@ -156,6 +161,11 @@ class TracedCall:
             return trace(batch, batch_idx, *self.extra)
         except HostWorkError as work:
             raise work.error from None
+        except CheckFailed as error:
+            if not self._ran:
+                raise
+            self._trainable.sink.items, self._check = None, error
+            return None
         except Exception as error:
             if not self._ran:
                 raise

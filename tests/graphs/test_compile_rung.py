@@ -177,7 +177,7 @@ def test_what_cannot_be_captured_whole_is_cut() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
             if loss.item() > 100:
-                raise ValueError("diverged")
+                loss = loss * 0.5
             return loss
 
     weights = []

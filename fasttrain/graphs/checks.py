@@ -1,0 +1,180 @@
+"""A branch on data that does nothing but raise is an assertion of the graph: it fails in its place, before what stands behind it."""
+
+from __future__ import annotations
+
+import dis
+import operator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fasttrain.graphs.tracer import instead
+
+JUMPS = {code: name.endswith("TRUE") for name, code in dis.opmap.items() if re.match(r"POP_JUMP_.*IF_(TRUE|FALSE)$", name)}
+ON_NUMBERS = (operator.gt, operator.ge, operator.lt, operator.le, operator.eq, operator.ne, operator.add, operator.sub, operator.mul)
+RAISES, LEAVES = ("RAISE_VARARGS", "RERAISE"), ("RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE")
+
+Handler = Any  # ``f(tx, inst)``: what Dynamo does at one instruction
+
+
+class CheckFailed(RuntimeError):
+    """A graph with checks in it did not run to its end. Op by op, the step says why in the user's own words."""
+
+
+def checked(graph: torch.fx.GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled graph: where it holds checks, a failed call has written no weight and drawn no random number."""
+    if all(node.target is not torch._assert_async for node in graph.graph.nodes):
+        return run
+
+    def checked_run(*args: Any) -> Any:
+        rng = torch.get_rng_state()
+        try:
+            return run(*args)
+        except RuntimeError as error:
+            torch.set_rng_state(rng)
+            raise CheckFailed(str(error)) from error
+
+    return checked_run
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Within a trace: neither such a branch nor ``torch._assert`` nor ``torch.equal`` ends it."""
+    from torch._dynamo import symbolic_convert
+    from torch._dynamo.variables import BuiltinVariable, TensorVariable, TorchInGraphFunctionVariable
+
+    torchs: Any = TorchInGraphFunctionVariable.call_function
+    builtins: Any = BuiltinVariable.call_function
+    methods: Any = TensorVariable.call_method
+
+    def call_torch(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        condition = _on_data(args[0], tx) if this.value is torch._assert and args and not _is_caught(tx) else None
+        if condition is not None:
+            return _assert_(condition, tx)
+        shapes = [_shape(a) for a in args] if this.value is torch.equal and _decides(tx) else [None]
+        if len(shapes) == 2 and shapes[0] is not None and shapes[0] == shapes[1]:
+            return args[0].call_method(tx, "eq", [args[1]], {}).call_method(tx, "all", [], {})
+        return torchs(this, tx, args, kwargs)
+
+    def call_builtin(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        is_bool = this.fn is bool and len(args) == 1 and _decides(tx)
+        return (_on_data(args[0], tx) if is_bool else None) or builtins(this, tx, args, kwargs)
+
+    def call_method(this: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        is_bool = name == "item" and this.dtype is torch.bool and _decides(tx)
+        return this if is_bool else methods(this, tx, name, args, kwargs)
+
+    kinds = [k for k in vars(symbolic_convert).values() if isinstance(k, symbolic_convert.BytecodeDispatchTableMeta)]
+    before = [(kind, kind.dispatch_table) for kind in kinds]
+    for kind, table in before:
+        kind.dispatch_table = [_or_check(h, JUMPS[code]) if code in JUMPS else h for code, h in enumerate(table)]
+    try:
+        with (
+            instead(TorchInGraphFunctionVariable, "call_function", call_torch),
+            instead(BuiltinVariable, "call_function", call_builtin),
+            instead(TensorVariable, "call_method", call_method),
+        ):
+            yield
+    finally:
+        for kind, table in before:
+            kind.dispatch_table = table
+
+
+def _decides(tx: Any) -> bool:
+    """Is what this call gives back only asked whether it is true?"""
+    return tx.next_instruction.opcode in JUMPS or tx.next_instruction.opname == "TO_BOOL"
+
+
+def _or_check(handler: Handler, jumps_if: bool) -> Handler:
+    def jump(tx: Any, inst: Any) -> None:
+        stays, jumps = _raise_from(tx, tx.instruction_pointer), _raise_from(tx, tx.indexof[inst.target])
+        condition = _on_data(tx.stack[-1], tx) if (stays is None) != (jumps is None) and not _is_caught(tx) else None
+        if condition is None:
+            handler(tx, inst)
+            return
+        tx.pop()
+        _assert_(condition if jumps_if == (jumps is None) else condition.call_method(tx, "logical_not", [], {}), tx)
+        if jumps is None:
+            tx.jump(inst)
+
+    return jump
+
+
+def _raise_from(tx: Any, start: int) -> Any:
+    """The instruction that raises at the end of a straight road from here; None where the road forks or leads elsewhere."""
+    for inst in tx.instructions[start:]:
+        if inst.opname in RAISES:
+            return inst
+        if inst.target is not None or inst.opname in LEAVES:
+            return None
+    return None
+
+
+def _is_caught(tx: Any) -> bool:
+    """May somebody around this instruction go on after an exception? A ``with`` of torch's does not, a ``finally`` neither."""
+    while tx is not None:
+        if tx.active_generic_context_managers:  # somebody's own ``with``
+            return True
+        entry = tx.current_instruction.exn_tab_entry
+        while entry is not None:
+            start = tx.indexof[entry.target]
+            if tx.instructions[start + 1].opname == "WITH_EXCEPT_START":
+                start = next(i for i, inst in enumerate(tx.instructions) if i > start and inst.opcode in JUMPS) + 1
+            if (raising := _raise_from(tx, start)) is None:
+                return True
+            entry = raising.exn_tab_entry
+        tx = tx.parent
+    return False
+
+
+def _on_data(variable: Any, tx: Any) -> Any:
+    """The tensor of one element whose truth is asked for; None for what is known while tracing."""
+    from torch._dynamo.variables.tensor import SymNodeVariable
+
+    if hasattr(variable, "realize"):
+        variable = variable.realize()
+    if isinstance(variable, SymNodeVariable):
+        variable = _as_tensor(variable.as_proxy().node, tx)
+    shape = _shape(variable)
+    return variable if shape is not None and shape.numel() == 1 else None
+
+
+def _as_tensor(number: Any, tx: Any) -> Any:
+    """A number made of ``.item()`` of tensors and of constants, as a tensor; None for any other."""
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+
+    def call(op: str, target: Any, *args: Any) -> Any:
+        return wrap_fx_proxy(tx, tx.output.create_proxy(op, target, args, {}))
+
+    if (number.op, number.target) == ("call_method", "item"):
+        tensor = torch.fx.Proxy(number.args[0], tx.output.current_tracer)
+        exact = torch.float64 if number.args[0].meta["example_value"].is_floating_point() else None
+        return call("call_method", "detach", tensor) if exact is None else call("call_method", "to", tensor, exact)
+    if number.op != "call_function" or number.target not in ON_NUMBERS:
+        return None
+    args = [_as_tensor(a, tx) if isinstance(a, torch.fx.Node) else a for a in number.args]
+    if None in args:
+        return None
+    return call("call_function", number.target, *(a.as_proxy() if hasattr(a, "as_proxy") else a for a in args))
+
+
+def _shape(variable: Any) -> torch.Size | None:
+    from torch._dynamo.variables import TensorVariable
+
+    if hasattr(variable, "realize"):
+        variable = variable.realize()
+    if type(variable) is not TensorVariable:
+        return None
+    shape: torch.Size = variable.as_proxy().node.meta["example_value"].shape
+    return shape
+
+
+def _assert_(condition: Any, tx: Any) -> Any:
+    from torch._dynamo.variables import ConstantVariable
+
+    message = f"the check at {tx.f_code.co_filename}:{tx.lineno}"
+    tx.output.create_proxy("call_function", torch._assert_async, (condition.as_proxy(), message), {})
+    return ConstantVariable.create(None)
