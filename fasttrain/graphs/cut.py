@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -59,8 +60,11 @@ class CutFunction:
             return graph.forward
         run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 
+        counter = ref(self)  # Dynamo keeps what follows for as long as the module's code
+
         def counted(*args: Any) -> Any:
-            self.ran += 1
+            if (self := counter()) is not None:
+                self.ran += 1
             return run(*args)
 
         return counted

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import is_, itemgetter
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Trace:
             self._patches["post_grad_custom_pre_pass"] = small_products()
         self.count = 0
         self.entry: _Entry | None = None
+        self._entries: list[_Entry] = []
         self._unvalidated = self._stood_in = False  # do guards look at what is otherwise within a trace?
         self._function, self._dynamic = function, True if dynamic else None
         self._lifted = Lifted(own[0])
@@ -103,7 +105,13 @@ class Trace:
         run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
         entry.run = entry.compiled = checked(graph, run) if self._checks else run
 
+        self._entries.append(entry)
+        known, trace = ref(entry), ref(self)  # Dynamo keeps what follows for good
+
         def recorded(*args: Any) -> Any:
+            entry, self = known(), trace()
+            assert entry is not None
+            assert self is not None
             versions = _versions(args) if entry.written is None else ()
             outs = entry.run(*args)
             if entry.written is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def compiled(
     """``torch.compile`` of a function under these settings of Dynamo, and within ``around()``."""
     assert isinstance(function, FunctionType)
     with unvalidated():  # the first use in a process switches the validation off for good
-        context: Any = torch._dynamo.optimize(backend=backend, nopython=whole, dynamic=dynamic, **_apart())
+        context: Any = torch._dynamo.optimize(backend=_Weakly(backend), nopython=whole, dynamic=dynamic, **_apart())
     if hasattr(context, "callback"):  # there is none where the tracer is switched off
         context.callback = _Within(context.callback, settings, around)
     made: Callable[..., Any] = context(numbered(function))
@@ -46,6 +47,18 @@ def compiled(
 def _apart() -> dict[str, bool]:
     """What keeps the graphs of one fit from counting against the recompile limit of the next; torch 2.11 has nothing of the kind."""
     return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch._dynamo.eval_frame._optimize).parameters else {}
+
+
+class _Weakly:
+    """A method as a backend. Dynamo keeps backends, and what they give back, for as long as the process: they may not keep a fit."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = WeakMethod(method)
+
+    def __call__(self, *args: Any) -> Any:
+        method = self._method()
+        assert method is not None
+        return method(*args)
 
 
 class _Within:
