@@ -23,7 +23,7 @@ class Between(Plain):
     """In pieces: a hook stands between the forward and the backward pass."""
 
     def on_before_backward(self, loss: Any) -> None:
-        self.seen = float(loss)
+        self.seen = float(loss.detach())
 
 
 @pytest.mark.parametrize("make", [Plain, Between])
