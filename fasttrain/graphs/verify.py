@@ -307,13 +307,13 @@ class VerifiedScript(Verified):
         step, maker, judge = self._step, self._maker, self._judge
         before, same, held, scale = maker.snapshot(), copied(batch), _cloned(step), self._scale()
         out = step.micro_step(batch, batch_idx, first=first, last=last, divisor=divisor, opened=opened)
-        after, got, scaled = maker.snapshot(), _cloned(step), self._scale()
+        after, got, scaled, moved = maker.snapshot(), _cloned(step), self._scale(), list(step.moved)
         before.restore()
         self._set_scale(scale)
         with maker.trial():
             truth, wanted = step.eager_twin(same, batch_idx, held)
             true, true_scale = maker.snapshot(), self._scale()
-        alone = judge.overflowed(got) != judge.overflowed(wanted) or true_scale != scaled
+        alone = judge.overflowed(got) != judge.overflowed(wanted) or true_scale != scaled or moved != list(step.eager.moved)
         wrong = judge.outputs(out, truth, after.buffers(), true.buffers()) or self._overflows_alone(alone)
         mine, theirs = self._waiting(got), self._waiting(wanted)
         wrong = wrong or ("" if alone else judge.gradients(mine, theirs) or judge.updates(after.values(), true.values()))
