@@ -15,7 +15,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from fasttrain import resume
-from fasttrain.errors import FasttrainWarning, ModuleError, reject
+from fasttrain.errors import FasttrainError, FasttrainWarning, ModuleError, reject
 from fasttrain.evaluate import evaluate, predict
 from fasttrain.graphs.capture import settings
 from fasttrain.graphs.explain import explain
@@ -183,9 +183,10 @@ class CompiledFit:
     @contextmanager
     def _running(self, fn: str, datamodule: Any) -> Iterator[Run]:
         """Set up, hand over, tear down: whatever happens inside, hooks for it run and the module gets its own back."""
-        run = self._run = make_run(self._trainable, self.options, fn)
-        run.facade.datamodule = datamodule
         with ExitStack() as stack:
+            stack.enter_context(_alone())
+            run = self._run = make_run(self._trainable, self.options, fn)
+            run.facade.datamodule = datamodule
             stack.enter_context(attached(self._trainable, run.facade))
             stack.enter_context(settings(run.options))
             try:
@@ -199,6 +200,23 @@ class CompiledFit:
                     datamodule.on_exception(error)
                 tear_down(run, fn, datamodule, "failed")
                 raise
+
+
+_RUNNING = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Torch's tracer, its settings and what we change of them within a trace are the process's, not a thread's."""
+    if not _RUNNING.acquire(blocking=False):
+        raise FasttrainError(
+            "another thread of this process is training with fasttrain; settings of torch's that a run needs belong to the process. "
+            "Train one after the other, or in processes of their own."
+        )
+    try:
+        yield
+    finally:
+        _RUNNING.release()
 
 
 def _name_older_hooks(trainable: Trainable) -> None:

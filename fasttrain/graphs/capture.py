@@ -51,7 +51,7 @@ def dry_look(maker: StepMaker, batch: Any) -> None:
     module = maker.trainable.module
     before = maker.snapshot()
     try:
-        with maker.trial():
+        with maker.trial(heard=True):
             look(maker, copied(batch))
     except FasttrainError:
         raise

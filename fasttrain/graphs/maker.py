@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,13 +96,16 @@ class StepMaker:
         )
 
     @contextmanager
-    def trial(self) -> Iterator[None]:
-        """Within: a step is looked at or timed. What it prints is nobody's news, and no hook hears of it."""
+    def trial(self, *, heard: bool = False) -> Iterator[None]:
+        """Within: a step is tried. What it says is nobody's news, and no hook hears of it.
+
+        ``heard``: but its messages and warnings are, for some come only once.
+        """
         sink = self.trainable.sink
         outside, sink.outside, sink.muted, self.hooks.muted = sink.outside, None, True, True
         scale = None if self.scaler is None else self.scaler.state_dict()
         try:
-            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            with redirect_stdout(io.StringIO()), warnings.catch_warnings(), nullcontext() if heard else _unheard():
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # the tracer looks at everything
                 yield
         finally:
@@ -135,6 +139,19 @@ class StepMaker:
 
     def _split(self, step: Step) -> Step:
         return SplitStep(step, splitter(self.trainable)) if self.trainable.split_length else step
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Within: no message of any logger reaches a handler, and no warning anybody. Levels stay, for a trace goes by them."""
+    kind: Any = logging.Logger
+    before = kind.callHandlers
+    kind.callHandlers = lambda self, record: None
+    warnings.simplefilter("ignore")
+    try:
+        yield
+    finally:
+        kind.callHandlers = before
 
 
 def cut_functions(step: Step) -> list[CutFunction]:
