@@ -18,9 +18,9 @@ from fasttrain.graphs.checks import CheckFailed, checked, checking
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
 from fasttrain.graphs.products import small_products
-from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
+from fasttrain.graphs.program import Raw, StepOutput, StepSpec, gradients_of, keys_and_values
 from fasttrain.graphs.recurrent import whole_layers
-from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, transformers, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, left_detached, transformers, unvalidated
 from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
@@ -79,7 +79,7 @@ class Trace:
 
     @contextmanager
     def _around(self) -> Iterator[None]:
-        with self._lifted.lifting(), stood_in(), checking() if self._checks else nullcontext():
+        with self._lifted.lifting(), left_detached(gradients_of.__code__), stood_in(), checking() if self._checks else nullcontext():
             yield
 
     def _otherwise(self) -> bool:

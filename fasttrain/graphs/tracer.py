@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakMethod
 
@@ -162,6 +162,37 @@ def optimizers_alone() -> Iterator[None]:
 
     with instead(OptimizerVariable, "_set_capturable", lambda this, tx: None):
         yield
+
+
+@contextmanager
+def left_detached(at: CodeType) -> Iterator[None]:
+    """Within a trace: what the step has left on an object (a hidden state for the next batch) when ``at`` takes its gradients is
+    left without its graph, which the backward pass has used up."""
+    from torch._dynamo.variables import TorchInGraphFunctionVariable
+
+    before: Any = TorchInGraphFunctionVariable.call_function
+
+    def call_function(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        out = before(this, tx, args, kwargs)
+        kept = kwargs["retain_graph"].as_python_constant() if tx.f_code is at else True
+        if this.value is torch.autograd.grad and not kept:
+            for written in tx.output.side_effects.store_attr_mutations.values():
+                written.update({name: _detached(value, tx) for name, value in written.items()})
+        return out
+
+    with instead(TorchInGraphFunctionVariable, "call_function", call_function):
+        yield
+
+
+def _detached(variable: Any, tx: Any) -> Any:
+    from torch._dynamo.variables import TensorVariable, TupleVariable
+
+    variable = variable.realize() if hasattr(variable, "realize") else variable
+    if type(variable) is TupleVariable:
+        return TupleVariable([_detached(item, tx) for item in variable.items])
+    if type(variable) is TensorVariable and variable.as_proxy().node.meta["example_value"].grad_fn is not None:
+        return variable.call_method(tx, "detach", [], {})
+    return variable
 
 
 @contextmanager

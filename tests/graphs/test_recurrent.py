@@ -123,6 +123,37 @@ def test_a_state_carried_from_split_to_split() -> None:
     assert captured.steps == 12
 
 
+class Remembers(Tagger):
+    """The state of the last batch lies on the module, with its graph; the next batch takes it without."""
+
+    memory: Any = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        last = None if self.memory is None else tuple(h.detach() for h in self.memory)
+        out, self.memory = self.rnn(x.transpose(0, 1), last)
+        return F.cross_entropy(self.out(out).transpose(0, 1).flatten(0, 1), y.flatten())
+
+
+def test_a_state_kept_on_the_module() -> None:
+    captured = both(lambda: Remembers("LSTM"), batches())
+    assert captured.capture.whole
+    assert captured.capture.traces <= 2
+
+
+class Penalises(Remembers):
+    """A gradient of its own, taken while the state it has left is still wanted with its graph."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        (g,) = torch.autograd.grad(self.out.weight.square().sum(), self.out.weight)
+        return loss + self.memory[0].square().mean() + g.square().mean()
+
+
+def test_a_gradient_of_ones_own_leaves_the_state_its_graph() -> None:
+    both(lambda: Penalises("LSTM"), batches(), rung="auto", deterministic=True)
+
+
 class Penalised(Tagger):
     """A gradient of a gradient of the layer."""
 
