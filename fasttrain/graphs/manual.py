@@ -44,6 +44,7 @@ class ManualOptimizer:
 
     def __init__(self, verbs: Verbs, index: int, optimizer: torch.optim.Optimizer) -> None:
         self._verbs, self._index, self.optimizer = verbs, index, optimizer
+        self.passes_for = type(optimizer)  # whose instance it is said to be
 
     def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
         """Unscale, test and update from the gradients as they are; ``closure`` is called first, as torch calls it."""

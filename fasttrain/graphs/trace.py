@@ -20,7 +20,7 @@ from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, gradients_of, keys_and_values
 from fasttrain.graphs.recurrent import whole_layers
-from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, left_detached, transformers, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, left_detached, passing, transformers, unvalidated
 from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
@@ -79,7 +79,8 @@ class Trace:
 
     @contextmanager
     def _around(self) -> Iterator[None]:
-        with self._lifted.lifting(), left_detached(gradients_of.__code__), stood_in(), checking() if self._checks else nullcontext():
+        checks = checking() if self._checks else nullcontext()
+        with self._lifted.lifting(), passing(), left_detached(gradients_of.__code__), stood_in(), checks:
             yield
 
     def _otherwise(self) -> bool:

@@ -165,6 +165,23 @@ def optimizers_alone() -> Iterator[None]:
 
 
 @contextmanager
+def passing() -> Iterator[None]:
+    """Within a trace: an object of ours that stands in for another passes for it with ``isinstance``, as it does outside."""
+    from torch._dynamo.variables import BuiltinVariable, ConstantVariable
+
+    before: Any = BuiltinVariable.call_isinstance
+
+    def call_isinstance(this: Any, tx: Any, arg: Any, kinds: Any) -> Any:
+        kind = vars(getattr(arg, "value", None)).get("passes_for") if hasattr(getattr(arg, "value", None), "__dict__") else None
+        if kind is not None and issubclass(kind, kinds.as_python_constant()):
+            return ConstantVariable.create(True)
+        return before(this, tx, arg, kinds)
+
+    with instead(BuiltinVariable, "call_isinstance", call_isinstance):
+        yield
+
+
+@contextmanager
 def left_detached(at: CodeType) -> Iterator[None]:
     """Within a trace: what the step has left on an object (a hidden state for the next batch) when ``at`` takes its gradients is
     left without its graph, which the backward pass has used up."""

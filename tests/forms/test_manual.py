@@ -900,3 +900,17 @@ def test_validation_in_between_sees_nothing_toggled() -> None:
 def test_a_module_of_its_own_package_needs_no_lightning(make: Any) -> None:
     """An nn.Module with automatic_optimization = False has the verbs, and trains as the LightningModule does."""
     same_weights(trained(make, batches()), trained(Plain, batches()))
+
+
+class Asks(Lit):
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        generator, critic = self.optimizers()
+        assert isinstance(critic, torch.optim.Optimizer)
+        assert not isinstance(generator, nn.Module)
+        self.critic_step(batch, critic)
+
+
+def test_what_passes_for_an_optimizer_passes_in_a_graph() -> None:
+    """``isinstance`` is true as it is outside, and ends no capture."""
+    ours = trained(Asks, loader(batches()), capture="compile")
+    assert ours.result.capture.whole
