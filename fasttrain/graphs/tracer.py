@@ -38,7 +38,7 @@ def compiled(
     with unvalidated():  # the first use in a process switches the validation off for good
         context: Any = torch._dynamo.optimize(backend=_Weakly(backend), nopython=whole, dynamic=dynamic, **_apart())
     if hasattr(context, "callback"):  # there is none where the tracer is switched off
-        context.callback = _Within(context.callback, settings, around)
+        context.callback = _Within(context.callback, settings, _Weakly(around) if hasattr(around, "__self__") else around)
     made: Callable[..., Any] = context(numbered(function))
     return made
 
@@ -50,7 +50,8 @@ def _apart() -> dict[str, bool]:
 
 
 class _Weakly:
-    """A method as a backend. Dynamo keeps backends, and what they give back, for as long as the process: they may not keep a fit."""
+    """A method that keeps nothing alive. Dynamo keeps backends and what they give back, and a callback that has raised, for as
+    long as the process: they may not keep a fit."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self._method = WeakMethod(method)

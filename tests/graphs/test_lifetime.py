@@ -29,7 +29,7 @@ class Between(Plain):
         self.seen = float(loss.detach())
 
 
-@pytest.mark.parametrize("make", [Plain, Between])
+@pytest.mark.parametrize("make", [Plain, Between, Branches])
 @pytest.mark.parametrize("rung", ["eager", "compile"])
 def test_a_module_dies_with_its_fit(make: Any, rung: str) -> None:
     def one() -> Any:
