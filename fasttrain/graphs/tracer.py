@@ -168,12 +168,13 @@ def optimizers_alone() -> Iterator[None]:
 @contextmanager
 def passing() -> Iterator[None]:
     """Within a trace: an object of ours that stands in for another passes for it with ``isinstance``, as it does outside."""
-    from torch._dynamo.variables import BuiltinVariable, ConstantVariable
+    from torch._dynamo.variables import BuiltinVariable, ConstantVariable, UserDefinedObjectVariable
 
     before: Any = BuiltinVariable.call_isinstance
 
     def call_isinstance(this: Any, tx: Any, arg: Any, kinds: Any) -> Any:
-        kind = vars(getattr(arg, "value", None)).get("passes_for") if hasattr(getattr(arg, "value", None), "__dict__") else None
+        arg = arg.realize() if hasattr(arg, "realize") else arg
+        kind = getattr(arg.value, "__dict__", {}).get("passes_for") if isinstance(arg, UserDefinedObjectVariable) else None
         if kind is not None and issubclass(kind, kinds.as_python_constant()):
             return ConstantVariable.create(True)
         return before(this, tx, arg, kinds)
