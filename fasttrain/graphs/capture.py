@@ -18,7 +18,7 @@ from fasttrain.graphs import decisions
 from fasttrain.graphs.contract import copied, describe
 from fasttrain.graphs.cut import LEAST_OPS, CutFunction
 from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
-from fasttrain.graphs.look import first_part, look, toggles_are_local
+from fasttrain.graphs.look import first_part, look, other_gradients, toggles_are_local
 from fasttrain.graphs.maker import StepMaker, cut_functions, tried
 from fasttrain.graphs.program import forward
 from fasttrain.graphs.script import ScriptStep
@@ -274,6 +274,12 @@ def _measured(
     step, report = _traced(maker, report, batch, "", build, graph=graph)
     if step.rung == "eager":
         return step, report
+    if wrong := other_gradients(maker, step, batch):
+        decisions.remember(key, known | {"captured_us": 10 * known["eager_us"], "warm_compile_s": 3.0})
+        advice = "The compiler is at fault: what it makes of this step is not what the step computes."
+        report.obstacles.append(Obstacle(wrong, advice=advice))
+        torch.set_num_threads(eager_threads)
+        return _eager(maker, report, wrong)
     # Side by side: what else the machine does changes within the seconds a compile takes.
     times: dict[str, float] = {}
     for _ in range(3):

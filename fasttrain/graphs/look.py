@@ -1,7 +1,8 @@
-"""One dry look at the first batch: what is wrong with a module's losses, before anything is compiled."""
+"""Looks at the first batch: what is wrong with a module's losses before anything is compiled, with a captured step after."""
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,15 +11,20 @@ from torch import Tensor
 
 from fasttrain.errors import ModuleError, reject
 from fasttrain.forms import Carried
+from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.contract import copied
 from fasttrain.graphs.generator import GeneratorStep
-from fasttrain.graphs.maker import StepMaker
+from fasttrain.graphs.maker import StepMaker, tried
 from fasttrain.graphs.manual import ManualStep
+from fasttrain.graphs.pieces import CutStep
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
 from fasttrain.graphs.splits import splitter
+from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import frozen, trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable, hiddens_of
+
+MIXED = ("bf16-mixed", "16-mixed", "bf16-true")
 
 
 def look(maker: StepMaker, batch: Any) -> None:
@@ -111,3 +117,28 @@ def _whole_step(maker: StepMaker, batch: Any) -> None:
         got = "one that is not finite on the first batch"
         raise ModuleError(reject(f"a loss of {type(maker.trainable.module).__name__}.training_step", got, "a finite number",
                                  "Look at the data for nan/inf and at the learning rate, or set nonfinite='ignore'."))  # fmt: skip
+
+
+def other_gradients(maker: StepMaker, step: Step, batch: Any) -> str:
+    """One sentence where a captured step of one loss gives gradients that are not the eager ones, beyond all rounding; "" where it does."""
+    if not isinstance(step, (CompileStep, CutStep)) or step.takes_closure:
+        return ""
+    found = []
+    for one in (maker.eager(), step):
+        before = maker.snapshot()
+        one.refresh()
+        tried(one, True)
+        with maker.trial():
+            one.micro_step(copied(batch), 0, first=True, last=True, divisor=1, opened=1)
+            found.append({name: g.detach().clone() for name, g in one.gradients().items()})
+            one.update_step(1.0)
+        tried(one, False)
+        before.restore()
+    wanted, got = found
+    total = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.values()))
+    for name, g in wanted.items():
+        size = float(g.double().norm())
+        apart = float((g.double() - got[name].double()).norm()) if name in got else size
+        if apart > (0.5 if maker.spec.precision in MIXED else 0.05) * size and apart > 1e-3 * total and math.isfinite(total):
+            return f"captured, the gradient of {name} is another ({apart / size:.0e} of its norm apart)"
+    return ""

@@ -74,3 +74,26 @@ def test_a_look_is_not_heard(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
     fasttrain.compile_fit(Talks(), max_epochs=1, **QUIET).fit(batches([8] * 3))
     assert capsys.readouterr().out.count("step") == 3
+
+
+class Lies(Net):
+    """Traced, it computes something else: what a fault of the compiler comes to."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * (1.2 if torch.compiler.is_compiling() else 1.0)
+
+
+def test_auto_takes_no_capture_with_other_gradients(folder: Path) -> None:
+    """Nor at the next start."""
+    for _ in range(2):
+        torch.manual_seed(1)
+        result = fasttrain.compile_fit(Lies(), max_epochs=100_000, callbacks=[StopAt(3)], **QUIET).fit(batches([8] * 12))
+        assert result.capture.rung == "eager"
+    decided = json.loads(next(folder.glob("*.json")).read_text())
+    assert decided["captured_us"] > decided["eager_us"]
+
+
+def test_auto_says_which_gradient_is_another(folder: Path) -> None:
+    result = fasttrain.compile_fit(Lies(), max_epochs=100_000, callbacks=[StopAt(3)], **QUIET).fit(batches([8] * 12))
+    assert "captured, the gradient of" in result.capture.why
