@@ -155,7 +155,7 @@ def _held(module: nn.Module) -> list[Any]:
         value, depth = stack.pop()
         if isinstance(value, (torch.optim.Optimizer, LRScheduler)):
             found[id(value)] = value
-        elif isinstance(value, (*_COPIED, tuple)) and depth < 3 and len(value) <= MOST_HELD:
+        elif type(value) in (*_COPIED, tuple) and depth < 3 and len(value) <= MOST_HELD:
             stack += [(v, depth + 1) for v in (value.values() if isinstance(value, dict) else value)]
     return list(found.values())
 

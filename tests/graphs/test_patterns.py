@@ -208,6 +208,22 @@ def test_a_backward_hook_is_heard() -> None:
     assert module.heard == 5
 
 
+class Peculiar(tuple):  # type: ignore[type-arg]
+    """e3nn's ``Irreps``: nobody may ask how long it is."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_an_attribute_that_answers_no_question() -> None:
+    class Keeps(OnlyTheBatch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.irreps = Peculiar((1, 2))
+
+    assert both(Keeps)[1].capture.whole
+
+
 class Named(NamedTuple):
     x: Tensor
     y: Tensor
