@@ -251,11 +251,11 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
     if "captured_us" not in known:
         return _measured(maker, report, batch, key, known, left_s, graph)
     report.timings_us["captured"] = known["captured_us"]
+    report.obstacles += [Obstacle(**o) for o in known.get("obstacles", [])]
     if left_s * (1 - known["captured_us"] / known["eager_us"]) < known["warm_compile_s"]:
         torch.set_num_threads(known["eager_threads"])
         return _eager(maker, report, "measured before on this machine")
     torch.set_num_threads(known["threads"])
-    report.obstacles += [Obstacle(**o) for o in known.get("obstacles", [])]
     return _traced(maker, report, batch, "measured before on this machine", Build(**known["build"]), graph=graph)
 
 
@@ -275,9 +275,10 @@ def _measured(
     if step.rung == "eager":
         return step, report
     if wrong := other_gradients(maker, step, batch):
-        decisions.remember(key, known | {"captured_us": 10 * known["eager_us"], "warm_compile_s": 3.0})
         advice = "The compiler is at fault: what it makes of this step is not what the step computes."
         report.obstacles.append(Obstacle(wrong, advice=advice))
+        obstacles = [vars(o) for o in report.obstacles]
+        decisions.remember(key, known | {"captured_us": 10 * known["eager_us"], "warm_compile_s": 3.0, "obstacles": obstacles})
         torch.set_num_threads(eager_threads)
         return _eager(maker, report, wrong)
     # Side by side: what else the machine does changes within the seconds a compile takes.

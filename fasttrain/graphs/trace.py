@@ -25,7 +25,6 @@ from fasttrain.results import Build
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
 STOOD_IN = ("._VF.", "._detect_is_causal_mask")
-VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of arguments out
 
 
 class Trace:

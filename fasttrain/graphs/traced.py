@@ -23,7 +23,7 @@ from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
 
 MOST_STRUCTURES = 4  # kinds of batch (a first split without hidden state, say) that get a graph each
-VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of distributions out
+VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of arguments out
 FREQUENT = 8  # batches of other sizes from which they share a graph, if they are a tenth of all
 
 
