@@ -127,9 +127,13 @@ class Trainable:
         """Was ``turns=`` given?"""
         return self._turns is not None
 
+    def beside(self) -> list[Any]:
+        """What was given as ``loss=`` and ``turns=``."""
+        return [f for f in (self._loss, self._turns) if f is not None]
+
     def helpers(self) -> list[Any]:
         """Objects behind ``loss=`` and ``turns=`` that may count or keep something."""
-        holders = [getattr(f, "__self__", f) for f in (self._loss, self._turns) if f is not None]
+        holders = [getattr(f, "__self__", f) for f in self.beside()]
         return [h for h in holders if hasattr(h, "__dict__") and not isinstance(h, (nn.Module, FunctionType, ModuleType))]
 
     def call_named(self, hook: str, **known: Any) -> Any:

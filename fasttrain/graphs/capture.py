@@ -70,6 +70,9 @@ def capture_step(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[
     Raises CaptureError when a rung was named and cannot be had.
     """
     step, report = _choose(maker, batch, remaining_steps)
+    if not maker.options.verify and maker.decided is None and not report.timings_us and (wrong := other_gradients(maker, step, batch)):
+        _refuse(maker, report, wrong)
+        step, report = _eager(maker, report, wrong)
     if isinstance(step, ScriptStep):
         step.take_gradients()
     if maker.options.verify and step.rung != "eager":
@@ -238,7 +241,7 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
         if build is None:
             return _eager(maker, report, "as in the checkpoint")
         return _traced(maker, report, batch, "as in the checkpoint", build, graph=graph)
-    key = decisions.key_for(maker.trainable.module, maker.optimizers, batch, maker.options)
+    key = decisions.key_for(maker.trainable.module, maker.optimizers, batch, maker.options, maker.trainable.beside())
     known = decisions.recall(key)
     if known is None:
         eager_s, threads = _time_eager(maker, batch)
@@ -275,8 +278,7 @@ def _measured(
     if step.rung == "eager":
         return step, report
     if wrong := other_gradients(maker, step, batch):
-        advice = "The compiler is at fault: what it makes of this step is not what the step computes."
-        report.obstacles.append(Obstacle(wrong, advice=advice))
+        _refuse(maker, report, wrong)
         obstacles = [vars(o) for o in report.obstacles]
         decisions.remember(key, known | {"captured_us": 10 * known["eager_us"], "warm_compile_s": 3.0, "obstacles": obstacles})
         torch.set_num_threads(eager_threads)
@@ -301,6 +303,14 @@ def _measured(
     step.refresh()
     report.why, report.threads = f"measured: {times['eager'] / captured:.1f}x quicker than eager", threads
     return step, report
+
+
+def _refuse(maker: StepMaker, report: CaptureReport, wrong: str) -> None:
+    """A capture that was looked at and is wrong: an obstacle, or an error where it was asked for."""
+    advice = "The compiler is at fault: what it makes of this step is not what the step computes."
+    report.obstacles.append(Obstacle(wrong, advice=advice))
+    if maker.options.capture != "auto":
+        raise CaptureError(f"capture={maker.options.capture!r} cannot be had: {report.obstacles[-1]}")
 
 
 def _time_eager(maker: StepMaker, batch: Any) -> tuple[float, int]:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from fasttrain.graphs.contract import key_of
 from fasttrain.options import Options
 
 
-def key_for(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], batch: Any, options: Options) -> str:
-    """A digest of the module's source and shapes, the batch's contract, the step's options, the machine and the versions."""
-    try:
-        source = inspect.getsource(type(module))
-    except (OSError, TypeError):
-        source = type(module).__qualname__
+def key_for(
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], batch: Any, options: Options, beside: Sequence[Any] = ()
+) -> str:
+    """A digest of the module's source and shapes, the batch's contract, the step's options, the machine and the versions.
+
+    ``beside``: functions that the step calls and the module does not hold (``loss=``).
+    """
+    theirs = ("torch", "pytorch_lightning", "lightning", "builtins")
+    own = [k for k in type(module).__mro__ if k.__module__.split(".")[0] not in theirs]
     shapes = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()]
     parts = (
-        source,
+        [_source(x) for x in (*own, *beside)],
         str(module),
         shapes,
         [type(o).__qualname__ for o in optimizers],
@@ -35,11 +39,28 @@ def key_for(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], batc
         options.gradient_clip_val,
         dict(options.accumulate_grad_batches),
         torch.__version__,
+        _own_code(),
         platform.processor(),
         os.cpu_count(),
         torch.get_num_threads(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+@cache
+def _own_code() -> str:
+    """What was measured is this package's code too, released or not."""
+    files = sorted(Path(__file__).parents[1].glob("[gk]*/*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def _source(thing: Any) -> str:
+    """What it is written as, or its name where nobody can say."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    try:
+        return inspect.getsource(named)
+    except (OSError, TypeError):
+        return f"{named.__module__}.{named.__qualname__}"
 
 
 def recall(key: str) -> dict[str, Any] | None:

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from fasttrain.errors import ModuleError, reject
 from fasttrain.forms import Carried
-from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.contract import copied
+from fasttrain.graphs.explain import gradient_hooks
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.maker import StepMaker, tried
 from fasttrain.graphs.manual import ManualStep
-from fasttrain.graphs.pieces import CutStep
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
 from fasttrain.graphs.splits import splitter
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import frozen, trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable, hiddens_of
+from fasttrain.state import Snapshot
 
 MIXED = ("bf16-mixed", "16-mixed", "bf16-true")
 
@@ -120,25 +120,61 @@ def _whole_step(maker: StepMaker, batch: Any) -> None:
 
 
 def other_gradients(maker: StepMaker, step: Step, batch: Any) -> str:
-    """One sentence where a captured step of one loss gives gradients that are not the eager ones, beyond all rounding; "" where it does."""
-    if not isinstance(step, (CompileStep, CutStep)) or step.takes_closure:
+    """One sentence where a captured step gives gradients that are not the eager ones, beyond all rounding; "" where it does."""
+    unseen = any(isinstance(o, torch.optim.LBFGS) for o in maker.optimizers) or gradient_hooks(maker.trainable.module)
+    if step.rung == "eager" or unseen:
         return ""
-    found = []
-    for one in (maker.eager(), step):
-        before = maker.snapshot()
-        one.refresh()
-        tried(one, True)
-        with maker.trial():
-            one.micro_step(copied(batch), 0, first=True, last=True, divisor=1, opened=1)
-            found.append({name: g.detach().clone() for name, g in one.gradients().items()})
-            one.update_step(1.0)
-        tried(one, False)
-        before.restore()
-    wanted, got = found
-    total = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.values()))
+    wanted, got = _left_by(maker, maker.eager(), batch), _left_by(maker, step, batch)
+    wrong = _apart(maker, wanted, got)
+    # A step that is another each time (something outside counts or draws) cannot be judged so.
+    return "" if wrong and _apart(maker, wanted, _left_by(maker, maker.eager(), batch)) else wrong
+
+
+def _left_by(maker: StepMaker, step: Step, batch: Any) -> dict[str, Tensor]:
+    """The gradients of one step, from a snapshot that is put back."""
+    updates = maker.trainable.form in ("generator", "manual")  # by itself: its gradients are seen in what they have moved
+    before = maker.snapshot()
+    step.refresh()
+    tried(step, True)
+    with maker.trial():
+        step.micro_step(copied(batch), 0, first=True, last=updates, divisor=1, opened=1)
+        left = {} if updates else {name: g.detach().clone() for name, g in step.gradients().items()}
+        step.update_step(1.0)
+        left = _moved(maker, before) if updates else left
+    tried(step, False)
+    before.restore()
+    return left
+
+
+def _apart(maker: StepMaker, wanted: dict[str, Tensor], got: dict[str, Tensor]) -> str:
+    kinds: dict[str, float] = {}
     for name, g in wanted.items():
-        size = float(g.double().norm())
+        kinds[_kind(name)] = math.hypot(kinds.get(_kind(name), 0.0), float(g.double().norm()))
+    for name, g in wanted.items():
+        size, total = float(g.double().norm()), kinds[_kind(name)]
         apart = float((g.double() - got[name].double()).norm()) if name in got else size
         if apart > (0.5 if maker.spec.precision in MIXED else 0.05) * size and apart > 1e-3 * total and math.isfinite(total):
-            return f"captured, the gradient of {name} is another ({apart / size:.0e} of its norm apart)"
+            return f"captured, the gradient of {name.split(_SLOT)[0]} is another ({apart / size:.0e} of its norm apart)"
     return ""
+
+
+_SLOT = " in its slot "
+
+
+def _kind(name: str) -> str:
+    """Tensors of one kind are of one unit."""
+    return name.partition(_SLOT)[2]
+
+
+def _moved(maker: StepMaker, before: Snapshot) -> dict[str, Tensor]:
+    """What an update has left of each weight's gradient: in the optimizer's slots, in the weight where there are none.
+
+    Adam divides a gradient by its own size, noise too: there the weights themselves say nothing.
+    """
+    was, now = before.values(), maker.snapshot().values()
+    weights = [n for n, _ in maker.trainable.module.named_parameters() if n in now]
+    moved: dict[str, Tensor] = {}
+    for n in weights:
+        slots = {k: v for k, v in now.items() if k.startswith(f"{n}.") and v.dim() and v.shape == now[n].shape}
+        moved |= {n + _SLOT + k.removeprefix(f"{n}."): v - was[k] if k in was else v for k, v in slots.items()} or {n: now[n] - was[n]}
+    return moved

@@ -102,14 +102,15 @@ class StepMaker:
         ``heard``: but its messages and warnings are, for some come only once.
         """
         sink = self.trainable.sink
-        outside, sink.outside, sink.muted, self.hooks.muted = sink.outside, None, True, True
+        before = sink.outside, sink.muted, self.hooks.muted
+        sink.outside, sink.muted, self.hooks.muted = None, True, True
         scale = None if self.scaler is None else self.scaler.state_dict()
         try:
             with redirect_stdout(io.StringIO()), warnings.catch_warnings(), nullcontext() if heard else _unheard():
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # the tracer looks at everything
                 yield
         finally:
-            sink.outside, sink.muted, self.hooks.muted = outside, False, False
+            sink.outside, sink.muted, self.hooks.muted = before
             if self.scaler is not None and scale is not None:
                 self.scaler.load_state_dict(scale)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasttrain import CaptureError
 from tests.forms.pairs import FORMS, ROUNDING, WIDTH, Nets, batches, loss_scale, mixed, same_weights, slow, trained, where_marked
 from tests.forms.test_splits import Cell, sequences
 
@@ -101,6 +102,14 @@ def test_a_wrong_capture_is_found(form: str, wrong: Any) -> None:
     assert ours.result.capture.rung == "eager"
     assert any("verify found a difference at step 0" in str(o) for o in ours.result.capture.obstacles)
     assert ours.result.steps == 20
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrong", [pytest.param(WrongCritic, marks=slow), WrongGenerator])
+def test_a_wrong_capture_is_found_at_the_start(form: str, wrong: Any) -> None:
+    """One look at its gradients, or at what they have moved, before the first step; without verify=n too."""
+    with pytest.raises(CaptureError, match="the gradient of"):
+        trained(mixed(form, wrong), batches(), "compile")
 
 
 @slow

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fasttrain
 from fasttrain.graphs import decisions
+from fasttrain.options import make_options
 from tests.graphs.test_compile_rung import QUIET, Net, batches
 
 
@@ -97,3 +100,33 @@ def test_auto_takes_no_capture_with_other_gradients(folder: Path) -> None:
 def test_auto_says_which_gradient_is_another(folder: Path) -> None:
     result = fasttrain.compile_fit(Lies(), max_epochs=100_000, callbacks=[StopAt(3)], **QUIET).fit(batches([8] * 12))
     assert "captured, the gradient of" in result.capture.why
+
+
+def test_a_named_rung_with_other_gradients_is_refused() -> None:
+    with pytest.raises(fasttrain.CaptureError, match="the gradient of"):
+        fasttrain.compile_fit(Lies(), max_epochs=1, capture="compile", **QUIET).fit(batches([8] * 3))
+
+
+class Unsteady(Net):
+    """Another step each time it is called, eagerly too."""
+
+    calls = itertools.count()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * self.weight_of_call()
+
+    @torch.compiler.disable
+    def weight_of_call(self) -> float:
+        return 1.0 + next(self.calls) % 3
+
+
+def test_a_step_that_is_never_the_same_is_not_called_wrong() -> None:
+    """Nothing can be said of its capture by one look."""
+    result = fasttrain.compile_fit(Unsteady(), max_epochs=1, capture="compile", **QUIET).fit(batches([8] * 3))
+    assert result.capture.rung == "compile"
+
+
+def test_the_key_knows_the_loss() -> None:
+    """Another ``loss=`` is another step."""
+    keys = {decisions.key_for(Net(), [], torch.zeros(2), make_options(QUIET), [f]) for f in (nn.functional.mse_loss, nn.functional.l1_loss)}
+    assert len(keys) == 2
