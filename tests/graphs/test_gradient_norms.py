@@ -109,13 +109,13 @@ def test_tracking_refuses_nothing(tracked: int | None, capture: str) -> None:
 
 @pytest.mark.parametrize("norm", [2, "inf", 1])
 def test_the_kernel_measures_where_it_can(norm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pass over the gradients beside the fused update's own, but for norms it does not know."""
+    """No pass over the gradients of ten steps beside the fused update's own, but for norms it does not know."""
     passes: list[int] = []
     real = GradientNorms.__call__
     monkeypatch.setattr(GradientNorms, "__call__", lambda self, *given: (passes.append(1), real(self, *given))[1])
     trained(Net, batches(), "compile", track_grad_norm=norm, max_epochs=1)
     assert (len(passes) >= 10) == (norm == 1)
-    assert norm == 1 or not passes
+    assert norm == 1 or len(passes) == 1  # the eager step that the capture is compared with
 
 
 @pytest.mark.parametrize("form", ["one", "generator"])
