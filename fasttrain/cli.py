@@ -103,7 +103,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         return NOT_CAPTURED
     print(trainer.explain())
     assert trainer.result is not None
-    return NOT_CAPTURED if trainer.result.capture.obstacles else 0
+    return NOT_CAPTURED if any(not o.done for o in trainer.result.capture.obstacles) else 0
 
 
 def _made_by(name: str) -> tuple[Any, Any, dict[str, Any]]:

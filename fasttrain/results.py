@@ -286,14 +286,18 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """One thing that kept a step from being captured whole."""
+    """One thing that stands between a step and a capture of the whole of it."""
 
     reason: str
     where: str = ""  # file:line
-    advice: str = ""
+    advice: str = ""  # the smallest change that would remove it
+    done: str = ""  # what was done about it; "" where it kept the step from being captured
+    cost_us: float | None = None  # microseconds that it takes of a step, measured; None where it has none of its own
 
     def __str__(self) -> str:
-        return " ".join(p for p in (f"{self.where}:" if self.where else "", self.reason, self.advice) if p)
+        cost = "" if self.cost_us is None else f" {self.cost_us:.0f} us a step."
+        done = f"[{self.done}.{cost}]" if self.done else ""
+        return " ".join(p for p in (f"{self.where}:" if self.where else "", self.reason, done, self.advice) if p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +324,7 @@ class CaptureReport:
     traces: int = 0
     direct: bool = False  # steady steps call the graph past its guards
     why_guarded: str = ""
+    guards_us: float = 0.0  # that evaluating the guards takes of a step that needs it; 0 where none was measured
     build: Build | None = None
     obstacles: list[Obstacle] = field(default_factory=list)
     timings_us: dict[str, float] = field(default_factory=dict)

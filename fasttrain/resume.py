@@ -200,4 +200,6 @@ def complete_report(run: Run) -> None:
     if report.direct and batches >= 16 and all(2 * c.guarded_calls > batches for c in step.calls):
         why = "somebody's code runs between the steps: a hook, a callback, a loader that knows the module"
         report.direct, report.why_guarded = False, why
-    report.obstacles += [o for o in step.obstacles if o not in report.obstacles]
+    report.guards_us = max((c.guards_us for c in step.calls), default=0.0)
+    known = {(o.where, o.reason) for o in step.obstacles}  # again, with what they have come to cost
+    report.obstacles = [o for o in report.obstacles if (o.where, o.reason) not in known] + list(step.obstacles)

@@ -6,7 +6,6 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,12 +14,11 @@ import torch
 
 from fasttrain.errors import CaptureError, DataError, FasttrainError
 from fasttrain.graphs import decisions
+from fasttrain.graphs.attempt import attempt, attempt_in_pieces, name_the_breaks
 from fasttrain.graphs.contract import copied, describe
-from fasttrain.graphs.cut import LEAST_OPS, CutFunction
 from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
-from fasttrain.graphs.look import first_part, look, other_gradients, toggles_are_local
-from fasttrain.graphs.maker import StepMaker, cut_functions, tried
-from fasttrain.graphs.program import forward
+from fasttrain.graphs.look import look, other_gradients, toggles_are_local
+from fasttrain.graphs.maker import StepMaker, tried
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
@@ -147,7 +145,7 @@ def _traced(
         return _cut(maker, report, batch, why, build)
     step = maker.captured(build, graph=graph)
     maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
-    error = _try(maker, step, batch, runs=4)
+    error = attempt(maker, step, batch, runs=4)
     with maker.trial():
         if error is None and not toggles_are_local(maker, batch):
             error = CaptureError("what is computed under one toggle_optimizer is used under another, or outside it")
@@ -170,34 +168,20 @@ def _traced(
 def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: Build) -> tuple[Step, CaptureReport]:
     """Compiled stretches around what cannot be traced; eager where they come to next to nothing."""
     started = time.perf_counter()
-    step, pieces, error = _tried_in_pieces(maker, batch, build)
+    step, pieces, error = attempt_in_pieces(maker, batch, build)
     if pieces == 0 and error is None and maker.options.capture == "auto" and maker.decided is None:
         why_not = report.obstacles[-1] if report.obstacles else ""
         return _eager(maker, report, f"it cannot be traced whole, and its pieces are small: {why_not}")
     if pieces == 0 and error is None:  # asked for, or as it was
-        step, pieces, error = _tried_in_pieces(maker, batch, build, least=1)
+        step, pieces, error = attempt_in_pieces(maker, batch, build, least=1)
     if error is not None or pieces == 0:
         return _not_captured(maker, report, error)
     report.compile_s = time.perf_counter() - started
+    name_the_breaks(maker, report, step, batch)
     maker.say(f"compiled in {pieces} pieces in {report.compile_s:.1f} s")
     report.rung, report.whole, report.pieces, report.why = "compile", False, pieces, why
     report.threads, report.build = torch.get_num_threads(), build
     return step, report
-
-
-def _tried_in_pieces(maker: StepMaker, batch: Any, build: Build, least: int = LEAST_OPS) -> tuple[Step, int, Exception | None]:
-    """The cut step, how many compiled stretches it runs, and what went wrong."""
-    step = maker.captured(build)
-    functions, error, pieces = cut_functions(step), None, 0
-    for f in functions:
-        f.least = least
-    for _ in range(3):  # counters and numbers change at the second; forward alone, so that no gradient hook hears of it
-        before = sum(f.ran for f in functions)
-        error = error or _try(maker, step, batch, functions if maker.trainable.form != "manual" else ())
-        pieces = sum(f.ran for f in functions) - before
-    for f in functions:
-        f.settle()
-    return step, pieces, error
 
 
 def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception | None) -> tuple[Step, CaptureReport]:
@@ -206,29 +190,6 @@ def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception | No
     if maker.options.capture != "auto":
         raise CaptureError(f"capture={maker.options.capture!r} cannot be had: {report.obstacles[-1]}") from error
     return _eager(maker, report, f"it cannot be traced whole: {report.obstacles[-1]}")
-
-
-def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFunction] = (), *, runs: int = 1) -> Exception | None:
-    """Whole micro-steps (or these ``functions`` of one) from a snapshot that is put back; what went wrong."""
-    before = maker.snapshot()
-    tried(step, True)
-    try:
-        with maker.trial():
-            for i, function in enumerate(functions):
-                forward(maker.trainable, maker.spec, "train", first_part(maker.trainable, copied(batch)), 0, i, function)
-            traces = [0]
-            for i in range(0 if functions else runs):
-                step.micro_step(copied(batch), i, first=True, last=True, divisor=1, opened=1)
-                traces.append(sum(c.traces for c in step.calls))
-            if len(traces) > 3 and traces[-1] > traces[-2] > traces[-3]:
-                raise CaptureError("a Python number changes with every step, and the graph with it")
-    except Exception as error:
-        return error
-    finally:
-        before.restore()
-        tried(step, False)
-        maker.trainable.sink.items = None
-    return None
 
 
 def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float) -> tuple[Step, CaptureReport]:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from fasttrain.graphs.tracer import instead
+from fasttrain.results import Obstacle
 
 JUMPS = {code: name.endswith("TRUE") for name, code in dis.opmap.items() if re.match(r"POP_JUMP_.*IF_(TRUE|FALSE)$", name)}
 ON_NUMBERS = (operator.gt, operator.ge, operator.lt, operator.le, operator.eq, operator.ne, operator.add, operator.sub, operator.mul)
 RAISES, LEAVES = ("RAISE_VARARGS", "RERAISE"), ("RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE")
 
+CHECK = "the check at "
 Handler = Any  # ``f(tx, inst)``: what Dynamo does at one instruction
 
 
@@ -38,6 +40,13 @@ def checked(graph: torch.fx.GraphModule, run: Callable[..., Any]) -> Callable[..
             raise CheckFailed(str(error)) from error
 
     return checked_run
+
+
+def checks_of(graph: torch.fx.GraphModule) -> list[Obstacle]:
+    """The user's checks that this graph makes itself; what they cost is part of its kernels."""
+    said = [str(node.args[1]) for node in graph.graph.nodes if node.target is torch._assert_async]
+    places = [text.removeprefix(CHECK) for text in said if text.startswith(CHECK)]
+    return [Obstacle("a branch on data that raises.", p, done="checked in the graph; a step that fails it runs op by op") for p in places]
 
 
 @contextmanager
@@ -175,6 +184,6 @@ def _shape(variable: Any) -> torch.Size | None:
 def _assert_(condition: Any, tx: Any) -> Any:
     from torch._dynamo.variables import ConstantVariable
 
-    message = f"the check at {tx.f_code.co_filename}:{tx.lineno}"
+    message = CHECK + f"{tx.f_code.co_filename}:{tx.lineno}"
     tx.output.create_proxy("call_function", torch._assert_async, (condition.as_proxy(), message), {})
     return ConstantVariable.create(None)

@@ -7,8 +7,11 @@ the backward pass is autograd's, over the compiled backward of each stretch; the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, cast
 from weakref import ref
 
@@ -16,16 +19,18 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import CaptureError
+from fasttrain.graphs.explain import obstacle_of
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
 from fasttrain.graphs.tracer import DYNAMO, compiled, optimizers_alone, transformers, unvalidated
-from fasttrain.results import Build
+from fasttrain.results import Build, Obstacle
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
 CUT = DYNAMO | {"trace_autograd_ops": False, "capture_scalar_outputs": False}
 CUT |= {"suppress_errors": True, "recompile_limit": 8}
 
 
+CUT_THERE = "it runs as it is between compiled stretches"
 LEAST_OPS = 8  # operations from which a stretch is compiled; what is smaller loses more around its kernels than it gains in them
 MORE = 32  # stretches that may still be compiled once the step is settled (other sizes, other branches)
 
@@ -40,6 +45,7 @@ class CutFunction:
         self.ran = 0  # compiled stretches run so far
         self.compiled = 0
         self._most = math.inf  # to be compiled in all
+        self._clock: list[tuple[Obstacle | None, float, float]] | None = None  # stretches that ran: what ended each, from when to when
         self._call = compiled(function, self._backend, CUT, whole=False, around=optimizers_alone)
 
     def __call__(self, *args: Any) -> Any:
@@ -47,6 +53,20 @@ class CutFunction:
         stance = torch.compiler.set_stance("eager_on_recompile") if self.compiled >= self._most else nullcontext()
         with layers_apart(), transformers(), first_gradients(), unvalidated(), stance:
             return self._call(*args)
+
+    def costs(self, run: Callable[[], object]) -> list[Obstacle]:
+        """What ended each stretch that ``run`` runs, with the time until the next one began: the least of three runs."""
+        least: list[dict[Obstacle, float]] = []
+        for _ in range(3):
+            self._clock = []
+            run()
+            stretches, self._clock = self._clock, None
+            spent: dict[Obstacle, float] = {}
+            for (why, _, ended), (_, begun, _) in pairwise(stretches):
+                if why is not None:
+                    spent[why] = spent.get(why, 0.0) + (begun - ended) * 1e6
+            least.append(spent)
+        return [replace(o, cost_us=min(s[o] for s in least if o in s)) for o in dict.fromkeys(o for s in least for o in s)]
 
     def settle(self) -> None:
         """It has been tried: from now on little is compiled."""
@@ -56,18 +76,30 @@ class CutFunction:
         from torch._inductor.compile_fx import compile_fx
 
         self.compiled += 1
-        if sum(node.op.startswith("call") for node in graph.graph.nodes) < self.least:
-            return graph.forward
-        run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
-
-        counter = ref(self)  # Dynamo keeps what follows for as long as the module's code
+        small = sum(node.op.startswith("call") for node in graph.graph.nodes) < self.least
+        run = graph.forward if small else cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
+        why, counter = _ended(graph), ref(self)  # Dynamo keeps what follows for as long as the module's code
 
         def counted(*args: Any) -> Any:
-            if (self := counter()) is not None:
-                self.ran += 1
-            return run(*args)
+            self = counter()
+            if self is None or self._clock is None:
+                if self is not None:
+                    self.ran += not small
+                return run(*args)
+            begun = time.perf_counter()
+            outs = run(*args)
+            self._clock.append((why, begun, time.perf_counter()))
+            return outs
 
         return counted
+
+
+def _ended(graph: torch.fx.GraphModule) -> Obstacle | None:
+    """What the tracer could not go beyond at the end of this stretch; None where the function ends too."""
+    why: Any = getattr(graph, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break:
+        return None
+    return obstacle_of(why.reason, [(f.filename, f.lineno or 0) for f in why.user_stack], CUT_THERE)
 
 
 @contextmanager

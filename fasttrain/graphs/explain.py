@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -37,9 +37,15 @@ def obstacle_from(error: BaseException) -> Obstacle:
     """One obstacle out of a tracing error: the first sentence, the user's file and line, and what to change."""
     inner = getattr(error, "inner_exception", None)  # what our own backend said, not that a backend raised
     said = str(inner or error)
-    text = _first_line(said) or type(error).__name__
+    frames = [(f.filename, f.lineno or 0) for f in list(getattr(error, "real_stack", None) or [])]
+    frames = frames or [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
+    return obstacle_of(said or type(error).__name__, frames)
+
+
+def obstacle_of(said: str, frames: Sequence[tuple[str, int]], done: str = "") -> Obstacle:
+    """The obstacle that the tracer speaks of; ``frames`` lead to it, outermost first."""
     advice = next((a for pattern, a in ADVICE if re.search(pattern, said)), "")
-    return Obstacle(reason=text.rstrip(".") + ".", where=_where(error), advice=advice)
+    return Obstacle(reason=_first_line(said).rstrip(".") + ".", where=place(frames), advice=advice, done=done)
 
 
 def _first_line(text: str) -> str:
@@ -51,11 +57,13 @@ def _first_line(text: str) -> str:
     return f"{first} ({explanation.group(1).strip()})" if explanation else first
 
 
-def _where(error: BaseException) -> str:
+def traced_place() -> str:
+    """Where in the user's code the tracer stands."""
+    return place([(f.filename, f.lineno or 0) for f in torch._guards.TracingContext.extract_stack()])
+
+
+def place(frames: Sequence[tuple[str, int]]) -> str:
     """The innermost line of the user's, and the library's below it; torch's and ours are nobody's to change."""
-    frames = [(f.filename, f.lineno or 0) for f in list(getattr(error, "real_stack", None) or [])]
-    if not frames:
-        frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
     outside = [f for f in frames if not _is_machinery(f[0])]
     mine = [f for f in outside if is_user_file(f[0])]
     if not outside:
@@ -110,13 +118,14 @@ def explain(report: CaptureReport) -> str:
             f"traced {report.traces} time(s), compiled in {report.compile_s:.1f} s"
         )
         why = f" ({report.why_guarded})" if report.why_guarded else ""
+        why += f", {report.guards_us:.0f} us" if report.guards_us else ""
         lines.append(f"  steady steps: {'called past the guards' if report.direct else f'guards are evaluated every step{why}'}")
     lines.append(f"  update: {report.tail}")
     if report.timings_us:
         lines.append("  measured: " + ", ".join(f"{k} {v:.0f} us a step" for k, v in report.timings_us.items()))
-    if report.obstacles:
-        lines.append("  in the way:")
-        lines += [f"    - {o}" for o in report.obstacles]
+    for title, dealt in (("in the way", False), ("dealt with", True)):
+        some = [f"    - {o}" for o in report.obstacles if bool(o.done) is dealt]
+        lines += [f"  {title}:", *some] if some else []
     return "\n".join(lines)
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasttrain.graphs.explain import traced_place
 from fasttrain.graphs.tracer import instead
 from fasttrain.module import Sink
+from fasttrain.results import Obstacle
 
+BEHIND = "lifted: it runs behind the graph, on the values of that step"
 Made = Callable[[Sequence[Any]], Any]  # makes an argument out of the values that only the graph knows
 
 MODULE_LEVEL = frozenset((logging.debug, logging.info, logging.warning, logging.error, logging.critical))
@@ -35,12 +41,22 @@ class Lifted:
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self._calls: list[Callable[[Sequence[Any]], None]] = []
+        self._from: list[Obstacle] = []  # by number: what was lifted from where
+        self._least: list[float] = []  # and the least seconds that it took
         self.lists: frozenset[str] = frozenset()  # that a step only appends to, as Dynamo names their places
 
     def do(self, number: int, values: Sequence[Any]) -> None:
         """One piece of work; nothing while a step is only tried."""
-        if not self._sink.muted:
-            self._calls[number](values)
+        if self._sink.muted:
+            return
+        begun = time.perf_counter()
+        self._calls[number](values)
+        self._least[number] = min(self._least[number], time.perf_counter() - begun)
+
+    @property
+    def dealt(self) -> list[Obstacle]:
+        """What was lifted and has been done, with what it takes at least."""
+        return [replace(o, cost_us=s * 1e6) for o, s in zip(self._from, self._least, strict=True) if s < math.inf]
 
     def lift(self, tx: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, kept: bool = False) -> bool:
         """Leave a traced call for later; False where one of its arguments is nothing that a graph gives back.
@@ -62,6 +78,9 @@ class Lifted:
         number = ConstantVariable.create(len(self._calls))
         self._calls.append(lambda v: function(*(m(v) for m in made), **{k: m(v) for k, m in named.items()}))
         items.call_method(tx, "append", [TupleVariable([number, *values])], {})
+        reason = f"{getattr(function, '__name__', 'host work')} in the step."
+        self._least.append(math.inf)
+        self._from.append(Obstacle(reason, traced_place(), "Calling it in on_train_batch_end would spare it.", BEHIND))
         return True
 
     @contextmanager

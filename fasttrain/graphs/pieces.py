@@ -17,7 +17,7 @@ from fasttrain.graphs.tail import FusedTail, LossScale, apart, frozen, still_mov
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable
 from fasttrain.options import Options
-from fasttrain.results import Build
+from fasttrain.results import Build, Obstacle
 
 
 class HookedStep(EagerStep):
@@ -82,7 +82,11 @@ class PiecedStep(HookedStep):
             make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build,
             extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
         )  # fmt: skip
-        self.calls, self.obstacles = (self.call,), self.call.obstacles
+        self.calls = (self.call,)
+
+    @property
+    def obstacles(self) -> Sequence[Obstacle]:  # type: ignore[override]  # nobody writes it
+        return self.call.obstacles
 
     def refresh(self) -> None:
         self.call.dirty = True

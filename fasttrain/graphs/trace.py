@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import is_, itemgetter
@@ -14,14 +15,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
-from fasttrain.graphs.checks import CheckFailed, checked, checking
+from fasttrain.graphs.checks import CheckFailed, checked, checking, checks_of
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, gradients_of, keys_and_values
 from fasttrain.graphs.recurrent import whole_layers
 from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, left_detached, passing, transformers, unvalidated
-from fasttrain.results import Build
+from fasttrain.results import Build, Obstacle
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
 STOOD_IN = ("._VF.", "._detect_is_causal_mask")
@@ -43,6 +44,8 @@ class Trace:
         if build.loops and torch._inductor.config.post_grad_custom_pre_pass is None:
             self._patches["post_grad_custom_pre_pass"] = small_products()
         self.count = 0
+        self.guards_s = math.inf  # a call takes beside its graph, at least
+        self._ran_s = 0.0  # the last call's graph
         self.entry: _Entry | None = None
         self._entries: list[_Entry] = []
         self._unvalidated = self._stood_in = False  # do guards look at what is otherwise within a trace?
@@ -54,9 +57,11 @@ class Trace:
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
         try:
-            unchecked = unvalidated() if self._unvalidated else nullcontext()
+            unchecked, traces, begun = unvalidated() if self._unvalidated else nullcontext(), self.count, time.perf_counter()
             with self._spec.default_dtype(), unchecked, stood_in() if self._stood_in else nullcontext():
                 raw: Raw = self._call(*args)
+            if self.count == traces:
+                self.guards_s = min(self.guards_s, time.perf_counter() - begun - self._ran_s)
         except CheckFailed:
             raise
         except Exception:
@@ -72,6 +77,11 @@ class Trace:
             except Exception as error:
                 raise HostWorkError(error) from error
         return raw._replace(items=[i for i in raw.items if type(i[0]) is not int]) if work else raw
+
+    @property
+    def dealt(self) -> Sequence[Obstacle]:
+        """What would have ended the trace and was dealt with."""
+        return self._lifted.dealt + list(dict.fromkeys(o for e in self._entries for o in e.checks))
 
     def _compiled(self) -> Callable[..., Any]:
         return compiled(self._function, self._backend, DYNAMO, whole=True, dynamic=self._dynamic, around=self._around)
@@ -104,6 +114,7 @@ class Trace:
         self._stood_in |= entry.stood_in
         run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
         entry.run = entry.compiled = checked(graph, run) if self._checks else run
+        entry.checks = checks_of(graph)
 
         self._entries.append(entry)
         known, trace = ref(entry), ref(self)  # Dynamo keeps what follows for good
@@ -113,7 +124,9 @@ class Trace:
             assert entry is not None
             assert self is not None
             versions = _versions(args) if entry.written is None else ()
+            begun = time.perf_counter()
             outs = entry.run(*args)
+            self._ran_s = time.perf_counter() - begun
             if entry.written is None:
                 entry.written = {i for i, (v, w) in enumerate(zip(versions, _versions(args), strict=True)) if v != w}
             entry.args, entry.outs, self.entry = args, outs, entry
@@ -148,6 +161,7 @@ class _Entry:
         self.written: set[int] | None = None  # which arguments it writes into; None before its first call
         self.why_not = ""
         self.unvalidated = False  # checks of arguments' values were left out of it
+        self.checks: Sequence[Obstacle] = ()  # that are assertions in it
         self.stood_in = False  # functions of torch's were replaced in it
 
     def inspect(self, own: tuple[object, ...], updates: bool) -> None:

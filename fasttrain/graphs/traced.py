@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class TracedCall:
         self.dirty = True
         self.plan: Plan | None = None
         self.compile_s = 0.0
-        self.obstacles: list[Obstacle] = []
+        self.ended: list[Obstacle] = []  # what ended tracing on the way
         self.direct = False
         self.why_guarded = ""
         self.failed = self._unvalidated = False
@@ -70,6 +70,17 @@ class TracedCall:
     @property
     def traces(self) -> int:
         return self._traced_before + sum(t.count for t in self._traces.values())
+
+    @property
+    def obstacles(self) -> Sequence[Obstacle]:
+        """What ended tracing, and what was dealt with in what was traced."""
+        return [*self.ended, *(o for t in self._traces.values() for o in t.dealt)]
+
+    @property
+    def guards_us(self) -> float:
+        """What evaluating the guards takes of a step; 0 where no call has shown it."""
+        least = min((t.guards_s for t in self._traces.values()), default=math.inf)
+        return 0.0 if least == math.inf else least * 1e6
 
     def bind(self, function: Callable[..., Raw]) -> None:
         """Another function from now on: everything traced so far is forgotten."""
@@ -172,7 +183,7 @@ class TracedCall:
             torch.set_rng_state(rng)
             self._trainable.sink.items = None
             self.failed = True
-            self.obstacles.append(obstacle_from(error))
+            self.ended.append(obstacle_from(error))
             return None
         finally:
             if trace.count != before:
