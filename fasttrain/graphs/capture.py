@@ -126,9 +126,11 @@ def _tail_name(maker: StepMaker) -> str:
 
 
 def _eager(maker: StepMaker, report: CaptureReport, why: str) -> tuple[Step, CaptureReport]:
-    report.rung, report.why, report.tail = "eager", why, "torch"
+    report.rung, report.why = "eager", why
+    fused = maker.options.capture == "auto" and maker.trainable.form in ("single", "indexed")
+    report.tail = report.tail.replace(" behind a captured piece", "") if fused else "torch"
     report.threads = torch.get_num_threads()
-    return maker.eager(), report
+    return maker.uncaptured(), report
 
 
 def _traced(
@@ -247,7 +249,7 @@ def _measured(
     # Side by side: what else the machine does changes within the seconds a compile takes.
     times: dict[str, float] = {}
     for _ in range(3):
-        for name, one, threads in (("eager", maker.eager(), eager_threads), *((f"captured/{n}", step, n) for n in sorted({1, most}))):
+        for name, one, threads in (("eager", maker.uncaptured(), eager_threads), *((f"captured/{n}", step, n) for n in sorted({1, most}))):
             torch.set_num_threads(threads)
             times[name] = min(times.get(name, math.inf), _time(maker, one, batch, 0.15) * 1e6)
     threads = most if times[f"captured/{most}"] < 0.9 * times["captured/1"] else 1
@@ -281,7 +283,7 @@ def _time_eager(maker: StepMaker, batch: Any) -> tuple[float, int]:
     with _threads():
         for threads in sorted({1, most}):
             torch.set_num_threads(threads)
-            seconds = _time(maker, maker.eager(), batch)
+            seconds = _time(maker, maker.uncaptured(), batch)
             # More threads must win clearly: they lose far more than they gain when another process wants a core.
             if best is None or seconds < 0.8 * best[0]:
                 best = (seconds, threads)

@@ -19,12 +19,12 @@ from fasttrain.graphs.explain import AROUND, gradient_hooks
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.manual import ManualStep, Verbs
-from fasttrain.graphs.pieces import CutStep, PiecedStep
+from fasttrain.graphs.pieces import CutStep, EagerFusedStep, PiecedStep
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.splits import SplitStep, splitter
 from fasttrain.graphs.step import Step
-from fasttrain.graphs.tail import LossScale, trainable_params
+from fasttrain.graphs.tail import LossScale, tail_obstacle, trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -53,6 +53,10 @@ class StepMaker:
     def eager(self) -> Step:
         """The truth: every form in plain torch."""
         return self._split(self._eager())
+
+    def uncaptured(self) -> Step:
+        """The eager step; under ``auto``, which may choose, with the fused update where there is one for it."""
+        return self._split(self._eager(fused=self.options.capture == "auto"))
 
     def manual(self, cut: CutFunction | None = None) -> ManualStep:
         given = (self.trainable, self.spec, self.optimizers, self.schedulers, self.options, self.scaler)
@@ -114,15 +118,20 @@ class StepMaker:
             if self.scaler is not None and scale is not None:
                 self.scaler.load_state_dict(scale)
 
-    def _eager(self) -> Step:
+    def _eager(self, *, fused: bool = False) -> Step:
         form, common = self.trainable.form, (self.options, self.scaler)
         if form == "manual":
             return self.manual()
         if form == "generator":
             return GeneratorStep(self.trainable, self.spec, self.optimizers, *common, self.hooks)
-        return self._turns(
-            [EagerStep(self.trainable, self.spec, o, trainable_params(o), *common, self.hooks, i) for i, o in enumerate(self.optimizers)]
-        )
+        return self._turns([self._eager_one(i, fused) for i in range(len(self.optimizers))])
+
+    def _eager_one(self, i: int, fused: bool) -> Step:
+        optimizer, common = self.optimizers[i], (self.options, self.scaler, self.hooks, i)
+        params = trainable_params(optimizer)
+        if fused and tail_obstacle(optimizer, params) is None:
+            return EagerFusedStep(self.trainable, self.spec, optimizer, *common)
+        return EagerStep(self.trainable, self.spec, optimizer, params, *common)
 
     def _captured_one(self, i: int, build: Build, graph: bool) -> Step:
         optimizer = self.optimizers[i]

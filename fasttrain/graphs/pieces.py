@@ -34,11 +34,20 @@ class HookedStep(EagerStep):
         # A module that clips by itself leaves nothing to clip; unscaling comes before the hooks, so it is torch's.
         self._fused_options = replace(options, gradient_clip_val=None) if self.tail.clip is not None else options
         self._fused: FusedTail | None = None
+        self._dirty = False
         self._bind_tail()
+
+    def refresh(self) -> None:
+        """Somebody's code ran."""
+        self._dirty = True
 
     def update_step(self, rescale: float) -> int:
         """As on the eager rung; where the optimizer allows it, what follows the hooks is one fused call."""
-        if self._fused is None or rescale != 1.0:
+        if self._dirty:
+            self._dirty = False
+            self._look_again()
+        gradients = [p.grad for p in self.params]
+        if self._fused is None or rescale != 1.0 or any(g is not None and g.layout is not torch.strided for g in gradients):
             return super().update_step(rescale)
         bad, self._bad = self._bad, None
         if self.tail.before_step is not None:
@@ -46,6 +55,15 @@ class HookedStep(EagerStep):
         if self.tail.clip is not None:
             self.tail.clip()
         return 1 if self._fused.step([p.grad for p in self.params], 1.0, bad) else REFUSED
+
+    def _zero_grad(self, batch_idx: int) -> None:
+        if self._hooks.owned("optimizer_zero_grad") or type(self._optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
+            super()._zero_grad(batch_idx)
+            return
+        self._hooks.fire("on_before_zero_grad", self._optimizer)
+        for group in self._optimizer.param_groups:  # what torch's does, but for its profiler: 35 us for 14 tensors
+            for p in group["params"]:
+                p.grad = None
 
     def _bind_tail(self) -> None:
         plain = not self.takes_closure and self._scaler is None and tail_obstacle(self._optimizer, self.params) is None
@@ -63,6 +81,12 @@ class HookedStep(EagerStep):
         if self._fused is not None:
             self._fused.refresh()
         return changed
+
+
+class EagerFusedStep(HookedStep):
+    """What ``auto`` stays with where it captures nothing: every operation as in a plain loop, then one fused update."""
+
+    rung = "eager"
 
 
 class PiecedStep(HookedStep):
@@ -128,16 +152,6 @@ class CutStep(HookedStep):
     ) -> None:  # fmt: skip
         super().__init__(trainable, spec, optimizer, options, scaler, hooks, index)
         self.function = self.cut = CutFunction(trainable.step("train"), spec, build)
-        self._dirty = False
-
-    def refresh(self) -> None:
-        self._dirty = True
-
-    def update_step(self, rescale: float) -> int:
-        if self._dirty:
-            self._dirty = False
-            self._look_again()
-        return super().update_step(rescale)
 
 
 def _accumulate(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], *, told: bool, already: bool) -> None:

@@ -190,7 +190,7 @@ class StockTail:
             self._norms(params, [p.grad for p in params])
         if self.before_step is not None:
             self.before_step()
-        if options.nonfinite != "ignore" and scaler is None and loss is not None and not bool(torch.isfinite(loss)):
+        if options.nonfinite != "ignore" and scaler is None and loss is not None and not math.isfinite(loss.item()):
             return False
         if self.clip is not None:
             self.clip()

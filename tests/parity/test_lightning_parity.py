@@ -114,7 +114,7 @@ def test_what_cannot_be_captured_trains_right_on_the_next_rung(name: str) -> Non
     ours, theirs = fast_fit(CASES[name], capture="auto", deterministic=True), lightning_fit(CASES[name])
     assert ours.rung == "eager"
     assert CANNOT[name] in str(ours.result.capture.obstacles[0])
-    assert_same(ours, theirs)
+    assert_same(ours, theirs, weights=2e-6)  # op by op, and the fused update adds up in another order
 
 
 @pytest.mark.parametrize("name", ["classifier", "conv", "transformer", "batch_norm", "lstm", "noise"])
