@@ -35,6 +35,7 @@ class CompileStep:
         accumulates = max(options.accumulate_grad_batches.values()) > 1
         self._grads: Sequence[Tensor | None] | None = None
         self._bad: Tensor | None = None
+        self._own = False  # are the gradients tensors that nobody else holds?
         self.epoch = 0
         self.params = self._leaves = trainable_params(optimizer)
         self.call = TracedCall(
@@ -58,7 +59,7 @@ class CompileStep:
         if first:
             # A replay's gradients are the graph's own: what must outlive the next replay is copied.
             kept = out.grads if last or not call.replays else [None if g is None else g.clone() for g in out.grads or ()]
-            self._grads, self._bad = kept, out.loss
+            self._grads, self._bad, self._own = kept, out.loss, False
         else:
             self._accumulate(out)
         return out
@@ -82,15 +83,18 @@ class CompileStep:
 
     def gradients(self) -> dict[str, Tensor]:
         """The open window's gradients by parameter name, for a checkpoint in mid-window."""
+        self._own = False
         names = {id(p): n for n, p in self._trainable.module.named_parameters()}
         return {names[id(p)]: g for p, g in zip(self.params, self._grads or (), strict=False) if g is not None and id(p) in names}
 
     def held(self) -> tuple[Sequence[Tensor | None] | None, Tensor | None]:
-        """The open window's gradients in parameter order, and its losses' sum."""
+        """The open window's gradients in parameter order, and its losses' sum. They are not written into any more."""
+        self._own = False
         return self._grads, self._bad
 
     def hold(self, held: tuple[Sequence[Tensor | None] | None, Tensor | None]) -> None:
         self._grads, self._bad = held
+        self._own = False
 
     def parameter_names(self) -> list[str]:
         names = {id(p): n for n, p in self._trainable.module.named_parameters()}
@@ -102,7 +106,7 @@ class CompileStep:
         raw = self.call.untraced(batch, batch_idx)
         out = StepOutput(raw.loss, *keys_and_values(raw.items), raw.returned, raw.grads)
         if first:
-            self._grads, self._bad = out.grads, out.loss
+            self._grads, self._bad, self._own = out.grads, out.loss, False
         else:
             self._accumulate(out)
         return out
@@ -110,7 +114,7 @@ class CompileStep:
     def load_gradients(self, gradients: dict[str, Tensor]) -> None:
         names = {id(p): n for n, p in self._trainable.module.named_parameters()}
         self._grads = [gradients[n].to(p.device) if (n := names.get(id(p), "")) in gradients else None for p in self.params]
-        self._bad = torch.zeros((), device=self._spec.device)
+        self._bad, self._own = torch.zeros((), device=self._spec.device), False
 
     def _recheck(self) -> None:
         if len(self._leaves) != len(now := trainable_params(self._optimizer)) or any(
@@ -124,7 +128,7 @@ class CompileStep:
             self._bind_tail()
             if grads is not None:
                 by_id = {id(p): g for p, g in zip(old, grads, strict=True)}
-                self._grads = [by_id.get(id(p)) for p in self.params]
+                self._grads, self._own = [by_id.get(id(p)) for p in self.params], False
         self.call.forget_moved()
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params):
             self.call.failed, self.call.plan = True, None  # only op by op are they called
@@ -137,13 +141,17 @@ class CompileStep:
         self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler, self._spec.norms)
 
     def _accumulate(self, out: StepOutput) -> None:
+        """Into tensors of our own from the window's third batch on; the first gradients may be anybody's (a batch's, say)."""
         assert out.grads is not None
         old = self._grads if self._grads is not None else [None] * len(out.grads)
         both = [(a, b) for a, b in zip(old, out.grads, strict=True) if a is not None and b is not None]
-        sums = iter(torch._foreach_add([a for a, _ in both], [b for _, b in both]) if both else [])
+        if self._own:
+            torch._foreach_add_([a for a, _ in both], [b for _, b in both])
+        sums = iter(torch._foreach_add([a for a, _ in both], [b for _, b in both]) if both and not self._own else [a for a, _ in both])
         self._grads = [
             next(sums) if a is not None and b is not None else (a if b is None else b) for a, b in zip(old, out.grads, strict=True)
         ]
+        self._own = len(both) == len(old)
         if out.loss is not None:
             self._bad = out.loss if self._bad is None else self._bad + out.loss
 
