@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from bench.report import Row
 
 COLOURS = {
-    "plain": "#7f7f7f", "plain-1thread": "#a6a6a6", "plain-fused": "#c49c94", "plain-compiled": "#1f77b4", "plain-compiled-threads": "#6baed6",
-    "captured-by-hand": "#d62728", "lightning": "#9467bd", "lightning-compile": "#c5b0d5", "fabric": "#e377c2", "accelerate": "#ff7f0e",
-    "keras-torch": "#8c564b", "ignite": "#17becf",
+    "plain": "#7f7f7f", "plain-1thread": "#a6a6a6", "plain-fused": "#c49c94", "plain-compiled": "#1f77b4",
+    "plain-compiled-threads": "#6baed6", "captured-by-hand": "#d62728", "lightning": "#9467bd", "lightning-compile": "#c5b0d5",
+    "fabric": "#e377c2", "accelerate": "#ff7f0e", "keras-torch": "#8c564b", "ignite": "#17becf",
 }  # fmt: skip
 LEFT, WIDTH, STEP, TOP = 210, 560, 20, 54
 TICKS = (0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50)
@@ -38,8 +38,8 @@ def svg(rows: Sequence[Row]) -> str:
         '<text x="10" y="18" font-size="13">Time of a step, in fasttrain\'s (left of 1: quicker than we are)</text>',
     ]
     for tick in (t for t in TICKS if low <= math.log(t) <= high):
-        bold = ' stroke-width="2"' if tick == 1 else ""
-        parts.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP - 8}" y2="{bottom}" stroke="#{"333" if tick == 1 else "ddd"}"{bold}/>')
+        stroke = "#333" if tick == 1 else "#ddd"
+        parts.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP - 8}" y2="{bottom}" stroke="{stroke}"/>')
         parts.append(f'<text x="{x(tick):.1f}" y="{TOP - 12}" text-anchor="middle">{tick:g}</text>')
     for i, name in enumerate(names):
         y = TOP + STEP * (i + 0.5)

@@ -1,4 +1,4 @@
-"""The suite without pytest: ``python -m bench.compare [workload ...] [--sides ...] [--quick] [--json FILE]``; report.py reads what it writes."""
+"""The suite without pytest: ``python -m bench.compare [workload ...] [--sides ...] [--quick] [--json FILE]``; report.py reads the file."""
 
 from __future__ import annotations
 

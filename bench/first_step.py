@@ -8,8 +8,8 @@ from bench.processes import Processes
 from bench.sides.table import why_not
 from bench.workloads import WORKLOADS
 
-WORKLOADS_STARTED = ("autoencoder", "char_gpt", "resnet18")
-SIDES_STARTED = ("fasttrain", "fasttrain-compile", "plain", "plain-compiled", "lightning", "lightning-compile")
+WORKLOADS_STARTED = ("autoencoder", "char_gpt")
+SIDES_STARTED = ("fasttrain", "fasttrain-compile", "plain", "plain-compiled", "lightning")
 
 
 def first_step(processes: Processes, workload: str, side: str) -> dict[str, Any]:

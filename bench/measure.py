@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bench.busy import Busy
@@ -28,7 +30,9 @@ def measure(processes: Processes, workload: str, sides: Sequence[str], rounds: i
     live: dict[str, Line] = {}
     seen: dict[str, list[Record]] = {s: [] for s in found}
     with Busy(device) as busy, contextlib.ExitStack() as stack:
-        for side in (s for s, r in found.items() if not r):
+
+        def begin(side: str) -> None:
+            """The start and the warm rounds, which nobody times but for the first."""
             with _noted(found, side, live):
                 began = time.perf_counter()
                 live[side] = processes.start(workload, side)
@@ -36,6 +40,11 @@ def measure(processes: Processes, workload: str, sides: Sequence[str], rounds: i
                 seen[side].append(live[side].ask("go"))
                 found[side]["first_round_s"] = time.perf_counter() - began
                 seen[side] += [live[side].ask("go") for _ in range(warm - 1)]
+
+        # One after the other, for a side may choose its rung and its threads by measuring; quick sizes measure nothing.
+        with ThreadPoolExecutor(os.cpu_count() if processes.quick else 1) as pool:
+            list(pool.map(begin, [s for s, r in found.items() if not r]))
+        live = {s: live[s] for s in found if s in live}
         for _ in range(rounds):
             for side in list(live):
                 with _noted(found, side, live):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -61,12 +63,13 @@ class Processes:
         self._held = tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)
         self.folder = Path(self._held.name)
         self._nurseries: dict[str, subprocess.Popen[str]] = {}
-        self._count = 0
+        self._count = itertools.count()
+        self._one_at_a_time = threading.Lock()
 
     def start(self, workload: str, side: str, *, first: bool = False, cache: str = "cache") -> Line:
         """A process that waits for its first word. ``first``: for the time to the first step, nothing imported beforehand."""
-        self._count += 1
-        path, log = self.folder / f"{self._count}.sock", self.folder / f"{self._count}.log"
+        number = next(self._count)
+        path, log = self.folder / f"{number}.sock", self.folder / f"{number}.log"
         log.touch()
         imports = SIDES[side].imports
         order = {
@@ -91,7 +94,8 @@ class Processes:
 
     def _environment(self, cache: str) -> dict[str, str]:
         folder = self.folder / cache
-        return os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton"), "KERAS_BACKEND": "torch"}
+        own = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton"), "KERAS_BACKEND": "torch"}
+        return os.environ | own | ({"OMP_NUM_THREADS": "1"} if self.quick else {})  # two threads on a busy core wait for each other
 
     def _one(self, order: dict[str, Any], cache: str) -> subprocess.Popen[Any]:
         command = [sys.executable, "-m", "bench.worker", "--one", json.dumps(order)]
@@ -100,17 +104,18 @@ class Processes:
 
     def _send(self, order: dict[str, Any], imports: tuple[str, ...], cache: str) -> subprocess.Popen[str]:
         family = ",".join(imports)
-        if family not in self._nurseries:
-            command = [sys.executable, "-m", "bench.worker", family]
-            with (self.folder / f"nursery-{len(self._nurseries)}.log").open("a") as log:
-                self._nurseries[family] = subprocess.Popen(
-                    command, cwd=ROOT, env=self._environment(cache), stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
-                )
-        nursery = self._nurseries[family]
-        assert nursery.stdin is not None
-        nursery.stdin.write(json.dumps(order) + "\n")
-        nursery.stdin.flush()
-        return nursery
+        with self._one_at_a_time:
+            if family not in self._nurseries:
+                command = [sys.executable, "-m", "bench.worker", family]
+                with (self.folder / f"nursery-{len(self._nurseries)}.log").open("a") as log:
+                    self._nurseries[family] = subprocess.Popen(
+                        command, cwd=ROOT, env=self._environment(cache), stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
+                    )
+            nursery = self._nurseries[family]
+            assert nursery.stdin is not None
+            nursery.stdin.write(json.dumps(order) + "\n")
+            nursery.stdin.flush()
+            return nursery
 
     def close(self) -> None:
         for nursery in self._nurseries.values():

@@ -15,6 +15,10 @@ from typing import Any
 
 OURS = "fasttrain"
 PLAIN = ("plain", "plain-1thread", "plain-fused", "plain-compiled", "plain-compiled-threads", "captured-by-hand")
+PEERS = {
+    "lightning": "Lightning", "lightning-compile": "Lightning + compile", "fabric": "Fabric", "accelerate": "Accelerate",
+    "keras-torch": "Keras", "ignite": "Ignite",
+}  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 EVEN = 1.0  # a side that takes less time than ours has won
 
@@ -82,13 +86,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def _summary(rows: Sequence[Row]) -> list[str]:
     """One line a workload: ours, and how many times longer the others take; the worst of the hand-written loops by name."""
-    lines = ["| workload | fasttrain, µs a batch | best plain loop | Lightning | Lightning + compile | Fabric | Accelerate | Keras | Ignite |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    columns = ("workload", "fasttrain, µs a batch", "best plain loop", *PEERS.values())
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for workload in dict.fromkeys(r.workload for r in rows):
         mine = {r.side: r for r in rows if r.workload == workload}
         best = min((mine[s] for s in PLAIN if s in mine), key=lambda r: r.record["us"], default=None)
         plain = f"{_ratio(best)} ({best.side})" if best else "-"
-        cells = [_ratio(mine.get(s)) for s in ("lightning", "lightning-compile", "fabric", "accelerate", "keras-torch", "ignite")]
+        cells = [_ratio(mine.get(s)) for s in PEERS]
         ours = f"**{mine[OURS].record['us']:.0f}**" if OURS in mine else "-"
         lines.append(f"| {workload} | {ours} | {plain} | {' | '.join(cells)} |")
     return lines
@@ -128,10 +132,12 @@ def page(kept: Mapping[str, Any], chart: str = "") -> str:
     """The whole Markdown of one dated file."""
     about = kept.get("machine") or kept.get("machine_info", {}).get("fasttrain_bench", {})
     quick = "\n\n**Quick sizes, one round: this shows that the rows run, not how fast.**" if kept.get("quick") else ""
-    head = f"# Training steps beside other frameworks, {about.get('device', '')}, {about.get('date', '')}\n\n{about}\n\n`{kept.get('command', '')}`"
+    title = f"# Training steps beside other frameworks, {about.get('device', '')}, {about.get('date', '')}"
+    head = f"{title}\n\n{about}\n\n`{kept.get('command', '')}`"
     how = (
-        "Median µs a batch of interleaved rounds, each side in a process of its own, loader and logging included; a ratio is the other side's "
-        "time over fasttrain's. Every row's first and last losses agree with the plain loop's."
+        "Median µs a batch of interleaved rounds, each side in a process of its own, loader and logging included; a ratio is the "
+        "other side's time over fasttrain's. Every row's first and last losses agree with the plain loop's. Own calls: Python functions "
+        "of fasttrain that ran, over the batches of a whole round. Host reads: of a CPU tensor too, as of an optimizer's own count."
     )
     parts = [head + quick, how, f"![ratios]({chart})" if chart else "", table(rows_of(kept)), starts(kept)]
     return "\n\n".join(p for p in parts if p) + "\n"
@@ -140,7 +146,7 @@ def page(kept: Mapping[str, Any], chart: str = "") -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--write", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="keep table, chart and JSON in bench/results")
+    parser.add_argument("--write", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="keep it all in bench/results")
     args = parser.parse_args()
     kept = json.loads(args.file.read_text())
     if not args.write:

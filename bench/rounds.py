@@ -55,7 +55,8 @@ class Rounds:
         if self.device == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        record: dict[str, Any] = {"seconds": now - self._t, "begun_s": now - self._began, "means": self.means, "losses": self.losses, **self.notes}
+        record: dict[str, Any] = {"seconds": now - self._t, "begun_s": now - self._began, **self.notes}
+        record |= {"means": self.means, "losses": self.losses}
         if self._count is not None:
             record |= self._count.end()
         record["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.models.dense import Autoencoder, LogisticRegression, SmallTensors
 from bench.models.text import GPT, CharLSTM
-from bench.models.vision import DCGAN, UNet, ViT, ResNet18
+from bench.models.vision import DCGAN, ResNet18, UNet, ViT
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class CharLSTM(nn.Module):
     def __init__(self, characters: int = 65, width: int = 96, time: int = 64, split: int = 16) -> None:
         super().__init__()
         self.characters, self.time, self.split = characters, time, split
-        self.embed, self.lstm, self.out = nn.Embedding(characters, width), nn.LSTM(width, width, batch_first=True), nn.Linear(width, characters)
+        self.embed, self.out = nn.Embedding(characters, width), nn.Linear(width, characters)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:  # int64 [B, T] -> [B, T, characters]
         h, state = self.lstm(self.embed(x), state)

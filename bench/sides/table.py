@@ -45,7 +45,9 @@ SIDES: dict[str, Side] = {
     "plain-compiled": Side(file="loop", function="plain", given={"fused": True, "compiled": True}, imports=_COMPILER),
     "plain-compiled-threads": Side(file="loop", function="other_threads", imports=_COMPILER, variants=False),
     "captured-by-hand": Side(file="captured", function="captured", imports=_COMPILER, only_cuda=True),
-    "lightning": Side(file="trainers", function="lightning", imports=("torch", "pytorch_lightning"), package="pytorch_lightning", half_on_cpu=False),
+    "lightning": Side(
+        file="trainers", function="lightning", imports=("torch", "pytorch_lightning"), package="pytorch_lightning", half_on_cpu=False
+    ),
     "lightning-compile": Side(
         file="trainers", function="lightning", given={"compiled": True}, imports=(*_COMPILER, "pytorch_lightning"),
         package="pytorch_lightning", half_on_cpu=False, variants=False,
