@@ -14,7 +14,7 @@ import torch
 
 _SPEC = importlib.util.find_spec("fasttrain")  # not imported: its memory and its start are one side's
 PACKAGE = str(_SPEC.submodule_search_locations[0]) if _SPEC and _SPEC.submodule_search_locations else "fasttrain"
-READS = ("aten::_local_scalar_dense",)  # what .item(), float(t) and `if t` end in, on every device
+READS = {"cpu": "aten::_local_scalar_dense", "cuda": "Memcpy DtoH"}  # what .item(), float(t) and `if t` end in, as the profiler names it
 
 
 class Stopped(Exception):
@@ -36,7 +36,7 @@ class Rounds:
             return False
         self.means: list[float] = []
         self.losses: list[float] = []
-        self._count = _Count() if order == "count" else None
+        self._count = _Count(self.device) if order == "count" else None
         if self._count is not None:
             self._count.begin()
         self._t = time.perf_counter()
@@ -68,11 +68,13 @@ class Rounds:
 class _Count:
     """Own Python calls and host reads of one round, which is not timed."""
 
+    def __init__(self, device: str) -> None:
+        self.device, self.calls = device, 0
+
     def begin(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 
-        self.calls = 0
-        self._profile = profile(activities=[ProfilerActivity.CPU])
+        self._profile = profile(activities=[ProfilerActivity.CPU if self.device == "cpu" else ProfilerActivity.CUDA])
         self._profile.__enter__()
         sys.setprofile(self._seen)
 
@@ -83,7 +85,7 @@ class _Count:
     def end(self) -> dict[str, int]:
         sys.setprofile(None)
         self._profile.__exit__(None, None, None)
-        reads = sum(e.count for e in self._profile.key_averages() if e.key in READS)
+        reads = sum(e.count for e in self._profile.key_averages() if e.key.startswith(READS[self.device]))
         return {"calls": self.calls, "reads": reads}
 
 
