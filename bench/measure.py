@@ -13,7 +13,7 @@ from typing import Any
 from bench.busy import Busy
 from bench.losses import disagreement, trail
 from bench.processes import Line, Processes, SideEnded
-from bench.sides.table import why_not
+from bench.sides.table import SIDES, why_not
 from bench.workloads import WORKLOADS, Workload
 
 REFERENCE = "plain"  # whose losses are the right ones: torch as its documentation writes it
@@ -97,7 +97,7 @@ def _judged(w: Workload, found: dict[str, Record]) -> dict[str, Record]:
         if "us" not in reference:
             wrong = f"{side} has nothing to be compared with: {reference.get('refused') or reference.get('skipped')}"
         else:
-            wrong = disagreement(REFERENCE, reference["trail"], side, record["trail"], w.agree)
+            wrong = disagreement(REFERENCE, reference["trail"], side, record["trail"], SIDES[side].agree or w.agree)
         if wrong:
             found[side] = {"refused": f"{w.name}: {wrong}", "trail": record["trail"]}
     return found

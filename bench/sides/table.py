@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.workloads import Workload
+from bench.workloads import KERAS, Agreement, Workload
 
 FORMS = ("one", "turns", "splits")
 MIXED = ("32-true", "bf16-mixed", "16-mixed")
@@ -28,7 +28,7 @@ class Side:
     only_cuda: bool = False
     variants: bool = True  # measured on the variants too
     variants_not: str = "measured on the workload itself; the variants ask what a feature costs the sides that differ in it"
-    keeps_steps: bool = True  # its logs are each step's loss, not running means
+    agree: Agreement | None = None  # where it cannot compute quite the same: in place of the workload's
 
 
 _COMPILER = ("torch", "torch._dynamo", "torch._inductor.compile_fx")
@@ -57,7 +57,7 @@ SIDES: dict[str, Side] = {
     "keras-torch": Side(
         file="keras_torch", function="keras_torch", imports=("torch",), package="keras", forms=("one",),
         no_form="Keras's fit has one loss and one optimizer; its users write this outside of fit, in plain torch", variants=False,
-        keeps_steps=False,
+        agree=KERAS,
     ),
     "ignite": Side(file="handed", function="ignite", imports=("torch", "ignite.engine"), package="ignite", variants=False),
 }  # fmt: skip
