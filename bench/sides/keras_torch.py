@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.rounds import Stopped
-from bench.sides.job import Job
+from bench.sides.job import TRAIN_SEED, Job
 
 
 def _optimizer(keras: Any, own: torch.optim.Optimizer) -> Any:
@@ -45,6 +45,8 @@ def keras_torch(job: Job) -> None:
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             if epoch % passes == 0 and not rounds.start():
                 raise Stopped
+            if epoch == 0:  # building the model has drawn random numbers
+                torch.manual_seed(TRAIN_SEED)
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             rounds.epoch(float(logs["loss"]))
