@@ -63,6 +63,7 @@ class Processes:
         self._held = tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)
         self.folder = Path(self._held.name)
         self._nurseries: dict[str, subprocess.Popen[str]] = {}
+        self._alone: list[subprocess.Popen[Any]] = []
         self._count = itertools.count()
         self._one_at_a_time = threading.Lock()
 
@@ -100,7 +101,9 @@ class Processes:
     def _one(self, order: dict[str, Any], cache: str) -> subprocess.Popen[Any]:
         command = [sys.executable, "-m", "bench.worker", "--one", json.dumps(order)]
         with Path(order["log"]).open("a") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=self._environment(cache), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=ROOT, env=self._environment(cache), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._alone.append(process)
+        return process
 
     def _send(self, order: dict[str, Any], imports: tuple[str, ...], cache: str) -> subprocess.Popen[str]:
         family = ",".join(imports)
@@ -121,7 +124,12 @@ class Processes:
         for nursery in self._nurseries.values():
             assert nursery.stdin is not None
             nursery.stdin.close()
-            nursery.wait(30)
+        for process in (*self._nurseries.values(), *self._alone):  # their lines are closed: nobody wants a round of them
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self._held.cleanup()
 
     def __enter__(self) -> Processes:
