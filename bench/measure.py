@@ -14,7 +14,7 @@ from bench.busy import Busy
 from bench.losses import disagreement, trail
 from bench.processes import Line, Processes, SideEnded
 from bench.sides.table import SIDES, why_not
-from bench.workloads import WORKLOADS, Workload
+from bench.workloads import WORKLOADS, Size, Workload
 
 REFERENCE = "plain"  # whose losses are the right ones: torch as its documentation writes it
 Record = dict[str, Any]  # of one side: "us" and the rest, or "skipped" or "refused" with the sentence
@@ -67,9 +67,8 @@ def _noted(found: dict[str, Record], side: str, live: dict[str, Line]) -> Any:
         live.pop(side, None)
 
 
-def _counted(record: Record, size: Any) -> Record:
-    batches = size.batches * size.passes
-    return {"calls_a_step": record["calls"] / batches, "reads_a_step": record["reads"] / batches}
+def _counted(record: Record, size: Size) -> Record:
+    return {"calls_a_step": record["calls"] / size.batches, "reads_a_step": record["reads"] / size.batches}
 
 
 def _summary(w: Workload, processes: Processes, seen: list[Record], warm: int) -> Record:

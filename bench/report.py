@@ -137,7 +137,7 @@ def page(kept: Mapping[str, Any], chart: str = "") -> str:
     how = (
         "Median µs a batch of interleaved rounds, each side in a process of its own, loader and logging included; a ratio is the "
         "other side's time over fasttrain's. Every row's first and last losses agree with the plain loop's. Own calls: Python functions "
-        "of fasttrain that ran, over the batches of a whole round. Host reads: of a CPU tensor too, as of an optimizer's own count."
+        "of fasttrain that ran, over the batches of a whole epoch. Host reads: of a CPU tensor too, as of an optimizer's own count."
     )
     parts = [head + quick, how, f"![ratios]({chart})" if chart else "", table(rows_of(kept)), starts(kept)]
     return "\n\n".join(p for p in parts if p) + "\n"

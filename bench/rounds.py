@@ -36,6 +36,7 @@ class Rounds:
             return False
         self.means: list[float] = []
         self.losses: list[float] = []
+        self._counted: dict[str, int] = {}
         self._count = _Count(self.device) if order == "count" else None
         if self._count is not None:
             self._count.begin()
@@ -47,8 +48,10 @@ class Rounds:
         self.losses.append(loss)
 
     def epoch(self, mean: float) -> None:
-        """An epoch's mean loss."""
+        """An epoch's mean loss. What is counted is counted in the round's first epoch."""
         self.means.append(mean)
+        if self._count is not None and not self._counted:
+            self._counted = self._count.end()
 
     def finish(self) -> None:
         """The round is over; its clock stops when the device has nothing left to do."""
@@ -57,8 +60,7 @@ class Rounds:
         now = time.perf_counter()
         record: dict[str, Any] = {"seconds": now - self._t, "begun_s": now - self._began, **self.notes}
         record |= {"means": self.means, "losses": self.losses}
-        if self._count is not None:
-            record |= self._count.end()
+        record |= self._counted
         record["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if self.device == "cuda":
             record["device_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
@@ -66,7 +68,7 @@ class Rounds:
 
 
 class _Count:
-    """Own Python calls and host reads of one round, which is not timed."""
+    """Own Python calls and host reads of one epoch, which is not timed."""
 
     def __init__(self, device: str) -> None:
         self.device, self.calls = device, 0
