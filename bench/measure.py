@@ -6,7 +6,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,7 +33,7 @@ def measure(processes: Processes, workload: str, sides: Sequence[str], rounds: i
 
         def begin(side: str) -> None:
             """The start and the warm rounds, which nobody times but for the first."""
-            with _noted(found, side, live):
+            with _noted(found, workload, side, live):
                 began = time.perf_counter()
                 live[side] = processes.start(workload, side)
                 stack.callback(live[side].close)
@@ -47,10 +47,10 @@ def measure(processes: Processes, workload: str, sides: Sequence[str], rounds: i
         live = {s: live[s] for s in found if s in live}
         for _ in range(rounds):
             for side in list(live):
-                with _noted(found, side, live):
+                with _noted(found, workload, side, live):
                     seen[side].append(live[side].ask("go") | busy.share())
         for side in list(live):
-            with _noted(found, side, live):
+            with _noted(found, workload, side, live):
                 found[side] |= _counted(live[side].ask("count"), w.size(device, processes.quick))
     for side in live:
         found[side] |= _summary(w, processes, seen[side], warm)
@@ -58,12 +58,12 @@ def measure(processes: Processes, workload: str, sides: Sequence[str], rounds: i
 
 
 @contextlib.contextmanager
-def _noted(found: dict[str, Record], side: str, live: dict[str, Line]) -> Any:
+def _noted(found: dict[str, Record], workload: str, side: str, live: dict[str, Line]) -> Iterator[None]:
     """A side that ends is written down and asked no more."""
     try:
         yield
     except SideEnded as ended:
-        found[side] = {"refused": f"{side} failed: {ended}"}
+        found[side] = {"refused": f"{workload}: {side} failed: {ended}"}
         live.pop(side, None)
 
 

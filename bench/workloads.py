@@ -35,7 +35,7 @@ BF16 = Agreement(2e-2, 5e-2, "bfloat16 keeps 8 bits, and the sides round at othe
 FP16 = Agreement(1e-2, 5e-2, "float16 keeps 11 bits, and a scaler may skip another step")
 GAN = Agreement(5e-3, 3e-1, "two networks that play amplify rounding; how well each stands is compared, not the play")
 
-KERAS = Agreement(5e-3, 2e-2, "Keras's Adam adds epsilon before the second moment's bias is corrected, and its SGD decays weights apart")
+KERAS = Agreement(1e-2, 2e-2, "Keras's Adam adds epsilon before the second moment's bias is corrected, and its SGD decays weights apart")
 
 
 @dataclass(frozen=True, kw_only=True)
