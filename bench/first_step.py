@@ -9,7 +9,7 @@ from bench.sides.table import why_not
 from bench.workloads import WORKLOADS
 
 WORKLOADS_STARTED = ("autoencoder", "char_gpt")
-SIDES_STARTED = ("fasttrain", "fasttrain-compile", "plain", "plain-compiled", "lightning")
+SIDES_STARTED = ("fasttrain", "plain", "plain-compiled", "lightning")
 
 
 def first_step(processes: Processes, workload: str, side: str) -> dict[str, Any]:

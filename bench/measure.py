@@ -17,6 +17,7 @@ from bench.sides.table import SIDES, why_not
 from bench.workloads import WORKLOADS, Size, Workload
 
 REFERENCE = "plain"  # whose losses are the right ones: torch as its documentation writes it
+LEADERS = ("fasttrain", "plain-compiled")  # a quick run starts them first: others find what these compiled in the cache
 Record = dict[str, Any]  # of one side: "us" and the rest, or "skipped" or "refused" with the sentence
 
 
@@ -43,7 +44,8 @@ def measure(processes: Processes, workload: str, sides: Sequence[str], rounds: i
 
         # One after the other, for a side may choose its rung and its threads by measuring; quick sizes measure nothing.
         with ThreadPoolExecutor(os.cpu_count() if processes.quick else 1) as pool:
-            list(pool.map(begin, [s for s, r in found.items() if not r]))
+            order = [s for s, r in found.items() if not r]
+            list(pool.map(begin, sorted(order, key=lambda s: s not in LEADERS) if processes.quick else order))
         live = {s: live[s] for s in found if s in live}
         for _ in range(rounds):
             for side in list(live):

@@ -73,7 +73,7 @@ def _vary(base: Workload, name: str, **changes: Any) -> Workload:
 
 _GPT2 = {"vocabulary": 50257, "width": 768, "layers": 12, "heads": 12, "context": 1024}
 LOGISTIC = Workload(
-    name="logistic_regression", make=LogisticRegression, cpu=Size(32, 400, 6), cuda=Size(32, 800, 2), quick=Size(32, 40)
+    name="logistic_regression", make=LogisticRegression, cpu=Size(32, 400, 3), cuda=Size(32, 800, 2), quick=Size(32, 40)
 )  # fmt: skip
 AUTOENCODER = Workload(name="autoencoder", make=Autoencoder, cpu=Size(32, 200, 2), cuda=Size(32, 800), quick=Size(32, 16))
 SMALL_TENSORS = Workload(
