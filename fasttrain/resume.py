@@ -200,4 +200,5 @@ def complete_report(run: Run) -> None:
     if report.direct and batches >= 16 and all(2 * c.guarded_calls > batches for c in step.calls):
         why = "somebody's code runs between the steps: a hook, a callback, a loader that knows the module"
         report.direct, report.why_guarded = False, why
-    report.obstacles += [o for o in step.obstacles if o not in report.obstacles]
+    said = {(o.reason, o.where) for o in step.obstacles}  # how often a branch failed is said anew
+    report.obstacles = [o for o in report.obstacles if (o.reason, o.where) not in said] + list(step.obstacles)

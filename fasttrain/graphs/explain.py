@@ -25,6 +25,8 @@ ADVICE = (
     (r"numpy|pandas", "Move the lookup into the dataset."),
 )
 
+FOLLOWED = "a branch on data, followed as it went in the first step, checked in every step."
+
 # Hooks that stand around a captured forward and backward pass, and see what they would see eagerly.
 AROUND = frozenset(
     ("on_before_zero_grad", "optimizer_zero_grad", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
@@ -114,9 +116,9 @@ def explain(report: CaptureReport) -> str:
     lines.append(f"  update: {report.tail}")
     if report.timings_us:
         lines.append("  measured: " + ", ".join(f"{k} {v:.0f} us a step" for k, v in report.timings_us.items()))
-    if report.obstacles:
-        lines.append("  in the way:")
-        lines += [f"    - {o}" for o in report.obstacles]
+    followed = [o for o in report.obstacles if o.reason == FOLLOWED]
+    for title, some in (("in the way", [o for o in report.obstacles if o not in followed]), ("followed", followed)):
+        lines += [f"  {title}:", *(f"    - {o}" for o in some)] if some else []
     return "\n".join(lines)
 
 

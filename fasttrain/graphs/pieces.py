@@ -82,7 +82,11 @@ class PiecedStep(HookedStep):
             make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build,
             extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
         )  # fmt: skip
-        self.calls, self.obstacles = (self.call,), self.call.obstacles
+        self.calls = (self.call,)
+
+    @property
+    def obstacles(self) -> Sequence[Obstacle]:
+        return self.call.obstacles
 
     def refresh(self) -> None:
         self.call.dirty = True

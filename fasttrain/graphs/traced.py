@@ -18,6 +18,7 @@ from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.lifted import HostWorkError
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
+from fasttrain.graphs.speculated import Speculation
 from fasttrain.graphs.trace import Plan, Trace
 from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
@@ -44,7 +45,8 @@ class TracedCall:
         self.dirty = True
         self.plan: Plan | None = None
         self.compile_s = 0.0
-        self.obstacles: list[Obstacle] = []
+        self._met: list[Obstacle] = []
+        self.speculation = Speculation({})
         self.direct = False
         self.why_guarded = ""
         self.failed = self._unvalidated = False
@@ -68,6 +70,11 @@ class TracedCall:
         return self._memory is not None
 
     @property
+    def obstacles(self) -> list[Obstacle]:
+        """Met while it ran, and what it follows."""
+        return [*self._met, *self.speculation.obstacles(self.count)]
+
+    @property
     def traces(self) -> int:
         return self._traced_before + sum(t.count for t in self._traces.values())
 
@@ -82,12 +89,14 @@ class TracedCall:
 
     def state(self) -> dict[str, Any]:
         """Which batches run captured from here on, as a checkpoint keeps it."""
-        return {"count": self.count, "others": self._others, "dynamic": self._dynamic, "failed": self.failed, "static": dict(self._static)}
+        return {"count": self.count, "others": self._others, "dynamic": self._dynamic, "failed": self.failed, "static": dict(self._static),
+                "speculation": self.speculation.state()}  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """As in the run that was saved; unless its batches do not come any more."""
         self.count, self._others, self._dynamic = state["count"], state["others"], state["dynamic"]
         self.failed, self._static, self._doubted, self._ran = state["failed"], dict(state["static"]), FREQUENT, True
+        self.speculation.load_state(state["speculation"])
 
     def tried(self, on: bool) -> None:
         """What is called from True to False counts for nothing."""
@@ -95,6 +104,9 @@ class TracedCall:
             self._before = (self.count, self._others, self._dynamic, self._doubted)
         else:
             self.count, self._others, self._dynamic, self._doubted = self._before
+        self.speculation.tried(on)
+        if not on and self.speculation.fickle:
+            self.bind(self._function)
 
     def forget_moved(self) -> None:
         """Plans over weights or buffers that lie elsewhere now are of no use."""
@@ -112,19 +124,23 @@ class TracedCall:
             self.dirty = False
             self._clean.clear()
         elif key in self._clean and (known := self._plans.get(key)) is not None and not self._look_due():
-            known.left = self._unlooked()
-            out = known(batch)
-            if out is not None:
-                self.plan, self.op_by_op = known, False
-                return out
+            self._check = None if self.plan is None else self.plan.failed()
+            if self._check is None:
+                known.left = self._unlooked()
+                out = known(batch)
+                if out is not None:
+                    self.plan, self.op_by_op = known, False
+                    return out
+                self._check = known.failed()
         self.guarded_calls += 1
         self.op_by_op = False
+        check, self._check = self._check, None
         if self._look_due():
             if self.plan is not None:
                 self.plan.left = VALIDATE_EVERY - 1
             looked = self.untraced(batch, batch_idx)
             return StepOutput(looked.loss, *keys_and_values(looked.items), looked.returned, looked.grads)
-        trace, self._check = self._trace_for(key), None
+        trace, self._check = self._trace_for(key) if check is None else None, check
         raw = self._traced(trace, batch, batch_idx) if trace is not None else None
         if raw is None or trace is None:
             self.plan = None
@@ -132,13 +148,22 @@ class TracedCall:
                 return self._eager(batch, batch_idx)
             raw = self.untraced(batch, batch_idx)  # raises what a failed check raises
             if self._check is not None:
-                raise CaptureError(f"captured, {self._check} fails in call {self.count}; op by op it does not. Use capture='eager'.")
+                self._judge(self._check)
         else:
             self._make_plan(trace, raw, batch, key)
         keys, values = keys_and_values(raw.items)
         if keys != self._keys:
             self._keys = keys
         return StepOutput(raw.loss, self._keys, values, raw.returned, raw.grads)
+
+    def _judge(self, check: CheckFailed) -> None:
+        """After a captured call that failed, and one op by op that did not."""
+        given_up, self._check = self.speculation.failed(check, self.count), None
+        if given_up is None:
+            raise CaptureError(f"captured, {check} fails in call {self.count}; op by op it does not. Use capture='eager'.")
+        self.dirty = True  # the step's own code has gone another way, and may have left other things behind
+        if given_up:
+            self.bind(self._function)
 
     def _look_due(self) -> bool:
         """Where a capture leaves the validation of arguments out, every so many steps run op by op, which validates."""
@@ -162,7 +187,7 @@ class TracedCall:
         except HostWorkError as work:
             raise work.error from None
         except CheckFailed as error:
-            if not self._ran:
+            if not self._ran and not self.speculation:
                 raise
             self._trainable.sink.items, self._check = None, error
             return None
@@ -172,7 +197,7 @@ class TracedCall:
             torch.set_rng_state(rng)
             self._trainable.sink.items = None
             self.failed = True
-            self.obstacles.append(obstacle_from(error))
+            self._met.append(obstacle_from(error))
             return None
         finally:
             if trace.count != before:
@@ -238,5 +263,5 @@ class TracedCall:
     def _trace(self, kind: str, *, dynamic: bool) -> Trace:
         if kind not in self._traces:
             self._traces[kind] = Trace(self._function, self._own, self._spec, dynamic=dynamic, build=self._build,
-                                       updates=self._eager is not None)  # fmt: skip
+                                       updates=self._eager is not None, speculation=self.speculation)  # fmt: skip
         return self._traces[kind]
