@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +24,13 @@ KEEPING = {code: "TRUE" in name for name, code in dis.opmap.items() if re.match(
 LONGEST = 32  # answers at one place in one step, if they are not all the same: a loop over data is not rolled out further
 WINDOW, MOST = 64, 4  # a place that fails more often than this in a window of steps is no longer followed
 
-Place = str  # where in somebody's code a truth is asked for: module, function, first line, instruction; the same in every process
+Place = str  # where in somebody's code a truth is asked for, from column to column; the same in every process
 Outcomes = dict[Place, list[bool]]  # the answers of one step, in order
 
 
-def _place(module: str, code: CodeType, offset: int) -> Place:
-    return f"{module}:{code.co_qualname}:{code.co_firstlineno}:{offset}"
+def _place(module: str, code: CodeType, positions: Sequence[int | None]) -> Place:
+    """Instructions are counted otherwise by Dynamo than by the interpreter; what they were made of is the same."""
+    return ":".join(map(str, (module, code.co_qualname, *positions)))
 
 
 class Watch(TorchFunctionMode):
@@ -44,10 +46,8 @@ class Watch(TorchFunctionMode):
             return out
         if type(out) is bool and getattr(func, "__name__", "") in READ:
             frame = sys._getframe(1)
-            code, offset = frame.f_code, frame.f_lasti
-            while dis.opname[code.co_code[offset]] in ("PRECALL", "CACHE"):  # Python 3.11 may call from either of two instructions
-                offset += 2
-            self._outcomes.setdefault(_place(frame.f_globals.get("__name__", ""), code, offset), []).append(out)
+            positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+            self._outcomes.setdefault(_place(frame.f_globals.get("__name__", ""), frame.f_code, positions), []).append(out)
         return out
 
 
@@ -169,10 +169,10 @@ class Speculation:
 
     def _known(self, tx: Any, back: int) -> Place | None:
         """The place of the instruction that is traced (or so many before it), if its answers are known."""
-        code, at = tx.f_code, tx.instruction_pointer - 1 - back
-        if at < 0 or tx.output.current_tracer.parent is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        at = tx.instruction_pointer - 1 - back
+        if at < 0 or tx.instructions[at].positions is None or tx.output.current_tracer.parent is not None or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
-        place = _place(tx.f_globals.get("__name__", ""), code, tx.instructions[at].offset)
+        place = _place(tx.f_globals.get("__name__", ""), tx.f_code, tx.instructions[at].positions)
         return place if place in self._outcomes and place not in self._given_up else None
 
     def _followed(self, tx: Any, asked: Any, *back: int) -> bool | None:
