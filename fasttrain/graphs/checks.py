@@ -57,9 +57,8 @@ class Checked:
         return outs
 
 
-def checked(graph: torch.fx.GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled graph, and where it holds checks: as if it had not run when one fails."""
-    return Checked(run) if any(node.target is torch._assert_async for node in graph.graph.nodes) else run
+def has_checks(graph: torch.fx.GraphModule) -> bool:
+    return any(node.target is torch._assert_async for node in graph.graph.nodes)
 
 
 def versions_of(args: Sequence[Any]) -> list[int]:

@@ -17,7 +17,7 @@ from fasttrain.graphs.tail import FusedTail, LossScale, apart, frozen, still_mov
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable
 from fasttrain.options import Options
-from fasttrain.results import Build
+from fasttrain.results import Build, Obstacle
 
 
 class HookedStep(EagerStep):
@@ -85,7 +85,7 @@ class PiecedStep(HookedStep):
         self.calls = (self.call,)
 
     @property
-    def obstacles(self) -> Sequence[Obstacle]:
+    def obstacles(self) -> Sequence[Obstacle]:  # type: ignore[override]  # on the eager rung there are none, ever
         return self.call.obstacles
 
     def refresh(self) -> None:

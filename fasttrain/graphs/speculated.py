@@ -62,7 +62,7 @@ class Speculation:
         self._failures: dict[Place, int] = {}
         self._before: tuple[dict[Place, list[int]], dict[Place, int]] | None = None  # while it is only tried
         self._loaded = False
-        self.fickle = False
+        self.fickle: set[Place] = set()
         self._attempt: Any = None  # of Dynamo's at the function: what it meets is counted anew in each
         self._met: dict[Place, int] = {}
 
@@ -95,15 +95,19 @@ class Speculation:
         return found
 
     def tried(self, on: bool) -> None:
-        """From True to False nothing counts; but what failed more than once in a few steps of one batch is given up: ``fickle``."""
+        """From True to False nothing counts; what failed more than once in a few steps of one batch is ``fickle``."""
         if on:
             self._before = ({p: list(r) for p, r in self._recent.items()}, dict(self._failures))
             return
         assert self._before is not None
-        fickle = {p for p, n in self._failures.items() if n > self._before[1].get(p, 0) + 1} - self._given_up
+        often = {p for p, n in self._failures.items() if n > self._before[1].get(p, 0) + 1} - self._given_up
+        self.fickle = set() if self._loaded else often
         (self._recent, self._failures), self._before = self._before, None
-        self.fickle = bool(fickle) and not self._loaded
-        self._given_up |= fickle if self.fickle else set()
+
+    def forgo(self) -> None:
+        """What is fickle is not followed in the first place."""
+        self._given_up |= self.fickle
+        self._where, self.fickle = {}, set()
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint keeps it: a resumed run follows what the saved one did, whatever its own first step does."""
@@ -170,7 +174,7 @@ class Speculation:
     def _known(self, tx: Any, back: int) -> Place | None:
         """The place of the instruction that is traced (or so many before it), if its answers are known."""
         at = tx.instruction_pointer - 1 - back
-        if at < 0 or tx.instructions[at].positions is None or tx.output.current_tracer.parent is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        if at < 0 or tx.instructions[at].positions is None or _apart(tx):
             return None
         place = _place(tx.f_globals.get("__name__", ""), tx.f_code, tx.instructions[at].positions)
         return place if place in self._outcomes and place not in self._given_up else None
@@ -198,6 +202,11 @@ class Speculation:
 
 NOT = dis.opmap["UNARY_NOT"]
 NAMES = {torch.equal: "equal", torch.allclose: "allclose", torch.is_nonzero: "__bool__"}
+
+
+def _apart(tx: Any) -> bool:
+    """Is this a part of the graph that is traced by itself, or under a transform of torch.func's?"""
+    return tx.output.current_tracer.parent is not None or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _asks(tx: Any, back: int) -> bool:

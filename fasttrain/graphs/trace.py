@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
-from fasttrain.graphs.checks import CheckFailed, checked, checking, versions_of
+from fasttrain.graphs.checks import Checked, CheckFailed, checking, has_checks, versions_of
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
 from fasttrain.graphs.products import small_products
@@ -105,8 +105,10 @@ class Trace:
         self.count += 1
         self._unvalidated |= entry.unvalidated
         self._stood_in |= entry.stood_in
-        run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
-        entry.run = entry.compiled = checked(graph, run) if self._checks else run
+        # An exception cannot leave a loop on several threads: what fails in a kernel would end the process.
+        patches = self._patches | ({"cpp.threads": 1} if has_checks(graph) else {})
+        run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=patches))
+        entry.run = entry.compiled = Checked(run) if self._checks and has_checks(graph) else run
 
         self._entries.append(entry)
         known, trace = ref(entry), ref(self)  # Dynamo keeps what follows for good

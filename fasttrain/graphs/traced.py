@@ -87,6 +87,12 @@ class TracedCall:
         self._clean: set[Key] = set()  # kinds of batch whose guards were evaluated since anybody's code ran
         self._keys: tuple[LogKey, ...] = ()
 
+    def anew(self) -> None:
+        """As if it had never been called, without following what went both ways while it was tried."""
+        self.speculation.forgo()
+        self.bind(self._function)
+        self._traced_before, self._ran = 0, False
+
     def state(self) -> dict[str, Any]:
         """Which batches run captured from here on, as a checkpoint keeps it."""
         return {"count": self.count, "others": self._others, "dynamic": self._dynamic, "failed": self.failed, "static": dict(self._static),
@@ -105,8 +111,6 @@ class TracedCall:
         else:
             self.count, self._others, self._dynamic, self._doubted = self._before
         self.speculation.tried(on)
-        if not on and self.speculation.fickle:
-            self.bind(self._function)
 
     def forget_moved(self) -> None:
         """Plans over weights or buffers that lie elsewhere now are of no use."""
@@ -120,21 +124,19 @@ class TracedCall:
     def guarded(self, batch: Any, batch_idx: int) -> StepOutput:
         """The call with its guards evaluated, unless another plan of ours is known to fit."""
         key = key_of(batch)
+        check = None if self.plan is None else self.plan.failed()  # just now, with this batch
         if self.dirty:
             self.dirty = False
             self._clean.clear()
-        elif key in self._clean and (known := self._plans.get(key)) is not None and not self._look_due():
-            self._check = None if self.plan is None else self.plan.failed()
-            if self._check is None:
-                known.left = self._unlooked()
-                out = known(batch)
-                if out is not None:
-                    self.plan, self.op_by_op = known, False
-                    return out
-                self._check = known.failed()
+        elif check is None and key in self._clean and (known := self._plans.get(key)) is not None and not self._look_due():
+            known.left = self._unlooked()
+            out = known(batch)
+            if out is not None:
+                self.plan, self.op_by_op = known, False
+                return out
+            check = known.failed()
         self.guarded_calls += 1
         self.op_by_op = False
-        check, self._check = self._check, None
         if self._look_due():
             if self.plan is not None:
                 self.plan.left = VALIDATE_EVERY - 1
