@@ -196,6 +196,7 @@ def complete_report(run: Run) -> None:
     report.traces, report.compile_s = sum(c.traces for c in step.calls), sum(c.compile_s for c in step.calls)
     report.direct = all(c.direct for c in step.calls)
     report.why_guarded = next((c.why_guarded for c in step.calls if not c.direct), "")
+    report.whole = report.whole and not any(c.failed for c in step.calls)
     batches = run.facade.progress.batches_seen
     if report.direct and batches >= 16 and all(2 * c.guarded_calls > batches for c in step.calls):
         why = "somebody's code runs between the steps: a hook, a callback, a loader that knows the module"

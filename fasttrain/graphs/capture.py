@@ -148,6 +148,10 @@ def _traced(
     step = maker.captured(build, graph=graph)
     maker.say("compiling the step (seconds for a small model, a minute for a large one; the next start is quicker) ...")
     error = attempt(maker, step, batch, runs=4)
+    while error is None and any(c.speculation.fickle for c in step.calls):
+        for call in step.calls:
+            call.anew()
+        error = attempt(maker, step, batch, runs=4)
     with maker.trial():
         if error is None and not toggles_are_local(maker, batch):
             error = CaptureError("what is computed under one toggle_optimizer is used under another, or outside it")

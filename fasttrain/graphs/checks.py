@@ -5,11 +5,12 @@ from __future__ import annotations
 import dis
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasttrain.graphs.tracer import instead
 from fasttrain.results import Obstacle
@@ -26,20 +27,45 @@ class CheckFailed(RuntimeError):
     """A graph with checks in it did not run to its end. Op by op, the step says why in the user's own words."""
 
 
-def checked(graph: torch.fx.GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled graph: where it holds checks, a failed call has written no weight and drawn no random number."""
-    if all(node.target is not torch._assert_async for node in graph.graph.nodes):
-        return run
+class Checked:
+    """A compiled graph with checks in it: a call of it that fails has changed nothing, whatever it had written before."""
 
-    def checked_run(*args: Any) -> Any:
-        rng = torch.get_rng_state()
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+        self._written: list[int] | None = None  # which arguments it writes into; None before its first call
+        self._kept: list[Tensor] = []
+
+    def __call__(self, *args: Any) -> Any:
+        rng, tensors = torch.get_rng_state(), range(len(args)) if self._written is None else self._written
+        live = [args[i] for i in tensors if isinstance(args[i], Tensor)]
+        versions = versions_of(args) if self._written is None else ()
+        with torch.no_grad():
+            if [k.shape for k in self._kept] != [t.shape for t in live]:
+                self._kept = [t.detach().clone() for t in live]
+            elif live:
+                torch._foreach_copy_(self._kept, live)
         try:
-            return run(*args)
-        except RuntimeError as error:
+            outs = self._run(*args)
+        except Exception as error:
             torch.set_rng_state(rng)
+            with torch.no_grad():
+                for tensor, kept in zip(live, self._kept, strict=True):
+                    if not torch.equal(tensor, kept):
+                        tensor.copy_(kept)
             raise CheckFailed(str(error)) from error
+        if self._written is None:
+            self._written = [i for i, (v, w) in enumerate(zip(versions, versions_of(args), strict=True)) if v != w]
+            self._kept = []
+        return outs
 
-    return checked_run
+
+def has_checks(graph: torch.fx.GraphModule) -> bool:
+    return any(node.target is torch._assert_async for node in graph.graph.nodes)
+
+
+def versions_of(args: Sequence[Any]) -> list[int]:
+    """What changes of an argument when it is written into."""
+    return [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
 
 
 def checks_of(graph: torch.fx.GraphModule) -> list[Obstacle]:
@@ -52,7 +78,6 @@ def checks_of(graph: torch.fx.GraphModule) -> list[Obstacle]:
 @contextmanager
 def checking() -> Iterator[None]:
     """Within a trace: neither such a branch nor ``torch._assert`` nor ``torch.equal`` ends it."""
-    from torch._dynamo import symbolic_convert
     from torch._dynamo.variables import BuiltinVariable, TensorVariable, TorchInGraphFunctionVariable
 
     torchs: Any = TorchInGraphFunctionVariable.call_function
@@ -60,33 +85,43 @@ def checking() -> Iterator[None]:
     methods: Any = TensorVariable.call_method
 
     def call_torch(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        condition = _on_data(args[0], tx) if this.value is torch._assert and args and not _is_caught(tx) else None
+        condition = on_data(args[0], tx) if this.value is torch._assert and args and not _is_caught(tx) else None
         if condition is not None:
-            return _assert_(condition, tx)
-        shapes = [_shape(a) for a in args] if this.value is torch.equal and _decides(tx) else [None]
+            return asserted(condition, tx)
+        shapes = [shape_of(a) for a in args] if this.value is torch.equal and _decides(tx) else [None]
         if len(shapes) == 2 and shapes[0] is not None and shapes[0] == shapes[1]:
             return args[0].call_method(tx, "eq", [args[1]], {}).call_method(tx, "all", [], {})
         return torchs(this, tx, args, kwargs)
 
     def call_builtin(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         is_bool = this.fn is bool and len(args) == 1 and _decides(tx)
-        return (_on_data(args[0], tx) if is_bool else None) or builtins(this, tx, args, kwargs)
+        return (on_data(args[0], tx) if is_bool else None) or builtins(this, tx, args, kwargs)
 
     def call_method(this: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         is_bool = name == "item" and this.dtype is torch.bool and _decides(tx)
         return this if is_bool else methods(this, tx, name, args, kwargs)
 
+    with (
+        instead(TorchInGraphFunctionVariable, "call_function", call_torch),
+        instead(BuiltinVariable, "call_function", call_builtin),
+        instead(TensorVariable, "call_method", call_method),
+        handled(JUMPS, lambda handler, code: _or_check(handler, JUMPS[code])),
+    ):
+        yield
+
+
+@contextmanager
+def handled(codes: Iterable[int], make: Callable[[Handler, int], Handler]) -> Iterator[None]:
+    """Within: these instructions are traced by what ``make`` makes of their handlers."""
+    from torch._dynamo import symbolic_convert
+
+    ours = set(codes)
     kinds = [k for k in vars(symbolic_convert).values() if isinstance(k, symbolic_convert.BytecodeDispatchTableMeta)]
     before = [(kind, kind.dispatch_table) for kind in kinds]
     for kind, table in before:
-        kind.dispatch_table = [_or_check(h, JUMPS[code]) if code in JUMPS else h for code, h in enumerate(table)]
+        kind.dispatch_table = [make(h, code) if code in ours else h for code, h in enumerate(table)]
     try:
-        with (
-            instead(TorchInGraphFunctionVariable, "call_function", call_torch),
-            instead(BuiltinVariable, "call_function", call_builtin),
-            instead(TensorVariable, "call_method", call_method),
-        ):
-            yield
+        yield
     finally:
         for kind, table in before:
             kind.dispatch_table = table
@@ -100,12 +135,12 @@ def _decides(tx: Any) -> bool:
 def _or_check(handler: Handler, jumps_if: bool) -> Handler:
     def jump(tx: Any, inst: Any) -> None:
         stays, jumps = _raise_from(tx, tx.instruction_pointer), _raise_from(tx, tx.indexof[inst.target])
-        condition = _on_data(tx.stack[-1], tx) if (stays is None) != (jumps is None) and not _is_caught(tx) else None
+        condition = on_data(tx.stack[-1], tx) if (stays is None) != (jumps is None) and not _is_caught(tx) else None
         if condition is None:
             handler(tx, inst)
             return
         tx.pop()
-        _assert_(condition if jumps_if == (jumps is None) else condition.call_method(tx, "logical_not", [], {}), tx)
+        asserted(condition if jumps_if == (jumps is None) else condition.call_method(tx, "logical_not", [], {}), tx)
         if jumps is None:
             tx.jump(inst)
 
@@ -139,7 +174,7 @@ def _is_caught(tx: Any) -> bool:
     return False
 
 
-def _on_data(variable: Any, tx: Any) -> Any:
+def on_data(variable: Any, tx: Any) -> Any:
     """The tensor of one element whose truth is asked for; None for what is known while tracing."""
     from torch._dynamo.variables.tensor import SymNodeVariable
 
@@ -147,7 +182,7 @@ def _on_data(variable: Any, tx: Any) -> Any:
         variable = variable.realize()
     if isinstance(variable, SymNodeVariable):
         variable = _as_tensor(variable.as_proxy().node, tx)
-    shape = _shape(variable)
+    shape = shape_of(variable)
     return variable if shape is not None and shape.numel() == 1 else None
 
 
@@ -170,7 +205,7 @@ def _as_tensor(number: Any, tx: Any) -> Any:
     return call("call_function", number.target, *(a.as_proxy() if hasattr(a, "as_proxy") else a for a in args))
 
 
-def _shape(variable: Any) -> torch.Size | None:
+def shape_of(variable: Any) -> torch.Size | None:
     from torch._dynamo.variables import TensorVariable
 
     if hasattr(variable, "realize"):
@@ -181,9 +216,10 @@ def _shape(variable: Any) -> torch.Size | None:
     return shape
 
 
-def _assert_(condition: Any, tx: Any) -> Any:
+def asserted(condition: Any, tx: Any, message: str = "") -> Any:
+    """The graph fails here where the tensor is not true."""
     from torch._dynamo.variables import ConstantVariable
 
-    message = CHECK + f"{tx.f_code.co_filename}:{tx.lineno}"
+    message = message or CHECK + f"{tx.f_code.co_filename}:{tx.lineno}"
     tx.output.create_proxy("call_function", torch._assert_async, (condition.as_proxy(), message), {})
     return ConstantVariable.create(None)

@@ -25,6 +25,7 @@ ADVICE = (
     (r"numpy|pandas", "Move the lookup into the dataset."),
 )
 
+
 # Hooks that stand around a captured forward and backward pass, and see what they would see eagerly.
 AROUND = frozenset(
     ("on_before_zero_grad", "optimizer_zero_grad", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")

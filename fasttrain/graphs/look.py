@@ -17,6 +17,7 @@ from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.maker import StepMaker, tried
 from fasttrain.graphs.manual import ManualStep
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
+from fasttrain.graphs.speculated import Watch
 from fasttrain.graphs.splits import splitter
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import frozen, trainable_params
@@ -41,7 +42,8 @@ def look(maker: StepMaker, batch: Any) -> None:
 
 
 def _forward(maker: StepMaker, batch: Any, i: int) -> Any:
-    output, items = forward(maker.trainable, maker.spec, "train", batch, 0, i)
+    with Watch(maker.outcomes.setdefault(i, {})):
+        output, items = forward(maker.trainable, maker.spec, "train", batch, 0, i)
     keys_and_values(items)
     if output is not None:
         _check(maker, i, output)

@@ -22,6 +22,7 @@ from fasttrain.graphs.manual import ManualStep, Verbs
 from fasttrain.graphs.pieces import CutStep, EagerFusedStep, PiecedStep
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.script import ScriptStep
+from fasttrain.graphs.speculated import Outcomes, Speculation
 from fasttrain.graphs.splits import SplitStep, splitter
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import LossScale, tail_obstacle, trainable_params
@@ -48,6 +49,7 @@ class StepMaker:
     verbs: Verbs = field(default_factory=Verbs)
     seen: Callable[[], int] = lambda: 0  # batches of the fit before this one
     workers: int = 0  # loader processes that want a core
+    outcomes: dict[int, Outcomes] = field(default_factory=dict)  # by optimizer: how branches on data went in the look
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
 
     def eager(self) -> Step:
@@ -79,6 +81,8 @@ class StepMaker:
         else:
             step = self._turns([self._captured_one(i, build, graph) for i in range(len(self.optimizers))])
         step, saved = self._split(step), (self.decided or {}).get("calls", ())
+        for i, call in enumerate(step.calls):
+            call.speculation = Speculation(self.outcomes.get(i, {}))
         if len(saved) == len(step.calls):
             for call, state in zip(step.calls, saved, strict=True):
                 call.load_state(state)

@@ -109,7 +109,7 @@ class PiecedStep(HookedStep):
         self.calls = (self.call,)
 
     @property
-    def obstacles(self) -> Sequence[Obstacle]:  # type: ignore[override]  # nobody writes it
+    def obstacles(self) -> Sequence[Obstacle]:  # type: ignore[override]  # on the eager rung there are none, ever
         return self.call.obstacles
 
     def refresh(self) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fasttrain.errors import CaptureError
-from fasttrain.graphs.checks import CheckFailed, checked, checking, checks_of
+from fasttrain.graphs.checks import Checked, CheckFailed, checking, checks_of, has_checks, versions_of
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, gradients_of, keys_and_values
 from fasttrain.graphs.recurrent import whole_layers
+from fasttrain.graphs.speculated import Speculation
 from fasttrain.graphs.tracer import DYNAMO, VALIDATION, compiled, left_detached, passing, transformers, unvalidated
 from fasttrain.results import Build, Obstacle
 
@@ -33,8 +34,9 @@ class Trace:
 
     def __init__(
         self, function: Callable[..., Raw], own: tuple[Any, ...], spec: StepSpec, *, dynamic: bool, build: Build,
-        updates: bool = False,
+        updates: bool = False, speculation: Speculation | None = None,
     ) -> None:  # fmt: skip
+        self._speculation = speculation
         self._updates = updates  # are optimizers moved inside the function?
         self._checks = not updates and spec.device.type == "cpu"  # may it fail in its middle? A device that does is lost
         self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change, the sink first
@@ -89,7 +91,8 @@ class Trace:
     @contextmanager
     def _around(self) -> Iterator[None]:
         checks = checking() if self._checks else nullcontext()
-        with self._lifted.lifting(), passing(), left_detached(gradients_of.__code__), stood_in(), checks:
+        follows = self._speculation.following() if self._checks and self._speculation is not None else nullcontext()
+        with self._lifted.lifting(), passing(), left_detached(gradients_of.__code__), stood_in(), follows, checks:
             yield
 
     def _otherwise(self) -> bool:
@@ -112,8 +115,10 @@ class Trace:
         self.count += 1
         self._unvalidated |= entry.unvalidated
         self._stood_in |= entry.stood_in
-        run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
-        entry.run = entry.compiled = checked(graph, run) if self._checks else run
+        # An exception cannot leave a loop on several threads: what fails in a kernel would end the process.
+        patches = self._patches | ({"cpp.threads": 1} if has_checks(graph) else {})
+        run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=patches))
+        entry.run = entry.compiled = Checked(run) if self._checks and has_checks(graph) else run
         entry.checks = checks_of(graph)
 
         self._entries.append(entry)
@@ -123,12 +128,12 @@ class Trace:
             entry, self = known(), trace()
             assert entry is not None
             assert self is not None
-            versions = _versions(args) if entry.written is None else ()
+            versions = versions_of(args) if entry.written is None else ()
             begun = time.perf_counter()
             outs = entry.run(*args)
             self._ran_s = time.perf_counter() - begun
             if entry.written is None:
-                entry.written = {i for i, (v, w) in enumerate(zip(versions, _versions(args), strict=True)) if v != w}
+                entry.written = {i for i, (v, w) in enumerate(zip(versions, versions_of(args), strict=True)) if v != w}
             entry.args, entry.outs, self.entry = args, outs, entry
             return outs
 
@@ -140,10 +145,6 @@ def stood_in() -> Iterator[None]:
     """Within: what stands in for functions of torch's is there, for a trace or for the guards it left."""
     with whole_layers(), transformers():
         yield
-
-
-def _versions(args: Sequence[Any]) -> list[int]:
-    return [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
 
 
 class _Entry:
@@ -295,6 +296,7 @@ class Plan:
         self.work = [(number, [_place_of(v, place) for v in values]) for number, *values in entry.work]
         read += [i for _, values in self.work for i in values if type(i) is int]
         self.read_by_user = sorted({*read, *(place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)])})
+        self.check: CheckFailed | None = None  # by its last call
         self.left = math.inf  # calls until the arguments' values are looked at
         slots = {i for i, _ in self.slots}
         self._fixed = _picker([i for i in range(len(self.args)) if i not in slots])  # weights, buffers, scalars of ours
@@ -310,6 +312,11 @@ class Plan:
             lists = [v for _, *values in entry.work for v in values if type(v) is list]
             same = same and len(lists) == len(known) and all(map(is_, lists, known))
         return same and entry is self.entry and type(batch) is self.kind and not self.moved()
+
+    def failed(self) -> CheckFailed | None:
+        """The check that its last call ended with, said once."""
+        check, self.check = self.check, None
+        return check
 
     def moved(self) -> bool:
         """Does a weight or buffer lie elsewhere than when this plan was made?"""
@@ -337,7 +344,8 @@ class Plan:
             args[i] = leaves[j]
         try:
             outs = self.run(*args)
-        except CheckFailed:
+        except CheckFailed as error:
+            self.check = error
             return None
         for number, values in self.work:
             self.do(number, [outs[v] if type(v) is int else v for v in values])

@@ -18,6 +18,7 @@ from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.lifted import HostWorkError
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
+from fasttrain.graphs.speculated import Speculation
 from fasttrain.graphs.trace import Plan, Trace
 from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
@@ -45,6 +46,7 @@ class TracedCall:
         self.plan: Plan | None = None
         self.compile_s = 0.0
         self.ended: list[Obstacle] = []  # what ended tracing on the way
+        self.speculation = Speculation({})
         self.direct = False
         self.why_guarded = ""
         self.failed = self._unvalidated = False
@@ -73,8 +75,8 @@ class TracedCall:
 
     @property
     def obstacles(self) -> Sequence[Obstacle]:
-        """What ended tracing, and what was dealt with in what was traced."""
-        return [*self.ended, *(o for t in self._traces.values() for o in t.dealt)]
+        """What ended tracing, what was dealt with in what was traced, and what is followed."""
+        return [*self.ended, *(o for t in self._traces.values() for o in t.dealt), *self.speculation.obstacles(self.count)]
 
     @property
     def guards_us(self) -> float:
@@ -91,14 +93,22 @@ class TracedCall:
         self._clean: set[Key] = set()  # kinds of batch whose guards were evaluated since anybody's code ran
         self._keys: tuple[LogKey, ...] = ()
 
+    def anew(self) -> None:
+        """As if it had never been called, without following what went both ways while it was tried."""
+        self.speculation.forgo()
+        self.bind(self._function)
+        self._traced_before, self._ran = 0, False
+
     def state(self) -> dict[str, Any]:
         """Which batches run captured from here on, as a checkpoint keeps it."""
-        return {"count": self.count, "others": self._others, "dynamic": self._dynamic, "failed": self.failed, "static": dict(self._static)}
+        return {"count": self.count, "others": self._others, "dynamic": self._dynamic, "failed": self.failed, "static": dict(self._static),
+                "speculation": self.speculation.state()}  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """As in the run that was saved; unless its batches do not come any more."""
         self.count, self._others, self._dynamic = state["count"], state["others"], state["dynamic"]
         self.failed, self._static, self._doubted, self._ran = state["failed"], dict(state["static"]), FREQUENT, True
+        self.speculation.load_state(state["speculation"])
 
     def tried(self, on: bool) -> None:
         """What is called from True to False counts for nothing."""
@@ -106,6 +116,7 @@ class TracedCall:
             self._before = (self.count, self._others, self._dynamic, self._doubted)
         else:
             self.count, self._others, self._dynamic, self._doubted = self._before
+        self.speculation.tried(on)
 
     def forget_moved(self) -> None:
         """Plans over weights or buffers that lie elsewhere now are of no use."""
@@ -119,15 +130,17 @@ class TracedCall:
     def guarded(self, batch: Any, batch_idx: int) -> StepOutput:
         """The call with its guards evaluated, unless another plan of ours is known to fit."""
         key = key_of(batch)
+        check = None if self.plan is None else self.plan.failed()  # just now, with this batch
         if self.dirty:
             self.dirty = False
             self._clean.clear()
-        elif key in self._clean and (known := self._plans.get(key)) is not None and not self._look_due():
+        elif check is None and key in self._clean and (known := self._plans.get(key)) is not None and not self._look_due():
             known.left = self._unlooked()
             out = known(batch)
             if out is not None:
                 self.plan, self.op_by_op = known, False
                 return out
+            check = known.failed()
         self.guarded_calls += 1
         self.op_by_op = False
         if self._look_due():
@@ -135,7 +148,7 @@ class TracedCall:
                 self.plan.left = VALIDATE_EVERY - 1
             looked = self.untraced(batch, batch_idx)
             return StepOutput(looked.loss, *keys_and_values(looked.items), looked.returned, looked.grads)
-        trace, self._check = self._trace_for(key), None
+        trace, self._check = self._trace_for(key) if check is None else None, check
         raw = self._traced(trace, batch, batch_idx) if trace is not None else None
         if raw is None or trace is None:
             self.plan = None
@@ -143,13 +156,22 @@ class TracedCall:
                 return self._eager(batch, batch_idx)
             raw = self.untraced(batch, batch_idx)  # raises what a failed check raises
             if self._check is not None:
-                raise CaptureError(f"captured, {self._check} fails in call {self.count}; op by op it does not. Use capture='eager'.")
+                self._judge(self._check)
         else:
             self._make_plan(trace, raw, batch, key)
         keys, values = keys_and_values(raw.items)
         if keys != self._keys:
             self._keys = keys
         return StepOutput(raw.loss, self._keys, values, raw.returned, raw.grads)
+
+    def _judge(self, check: CheckFailed) -> None:
+        """After a captured call that failed, and one op by op that did not."""
+        given_up, self._check = self.speculation.failed(check, self.count), None
+        if given_up is None:
+            raise CaptureError(f"captured, {check} fails in call {self.count}; op by op it does not. Use capture='eager'.")
+        self.dirty = True  # the step's own code has gone another way, and may have left other things behind
+        if given_up:
+            self.bind(self._function)
 
     def _look_due(self) -> bool:
         """Where a capture leaves the validation of arguments out, every so many steps run op by op, which validates."""
@@ -173,7 +195,7 @@ class TracedCall:
         except HostWorkError as work:
             raise work.error from None
         except CheckFailed as error:
-            if not self._ran:
+            if not self._ran and not self.speculation:
                 raise
             self._trainable.sink.items, self._check = None, error
             return None
@@ -249,5 +271,5 @@ class TracedCall:
     def _trace(self, kind: str, *, dynamic: bool) -> Trace:
         if kind not in self._traces:
             self._traces[kind] = Trace(self._function, self._own, self._spec, dynamic=dynamic, build=self._build,
-                                       updates=self._eager is not None)  # fmt: skip
+                                       updates=self._eager is not None, speculation=self.speculation)  # fmt: skip
         return self._traces[kind]
