@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -58,6 +58,11 @@ def _where(error: BaseException) -> str:
     frames = [(f.filename, f.lineno or 0) for f in list(getattr(error, "real_stack", None) or [])]
     if not frames:
         frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
+    return place_of(frames)
+
+
+def place_of(frames: Sequence[tuple[str, int]]) -> str:
+    """Of calls from the outermost in: the innermost line of the user's, and the library's below it."""
     outside = [f for f in frames if not _is_machinery(f[0])]
     mine = [f for f in outside if is_user_file(f[0])]
     if not outside:
