@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fasttrain.graphs.checks import JUMPS, CheckFailed, asserted, handled, on_data, shape_of
+from fasttrain.graphs.explain import place as place_of
 from fasttrain.graphs.tracer import instead
 from fasttrain.results import Obstacle
 
@@ -196,7 +197,8 @@ class Speculation:
             return None
         self._met[place] = nth + 1
         answer = outcomes[0] if same else outcomes[nth]
-        self._where.setdefault(place, f"{tx.f_code.co_filename}:{tx.lineno}")
+        if place not in self._where:
+            self._where[place] = place_of(_frames(tx)) or f"{tx.f_code.co_filename}:{tx.lineno}"
         message = f"speculated branch {list(self._where).index(place)}"
         asserted(condition if answer else condition.call_method(tx, "logical_not", [], {}), tx, message)
         return answer
@@ -204,6 +206,15 @@ class Speculation:
 
 NOT = dis.opmap["UNARY_NOT"]
 NAMES = {torch.equal: "equal", torch.allclose: "allclose", torch.is_nonzero: "__bool__"}
+
+
+def _frames(tx: Any) -> list[tuple[str, int]]:
+    """File and line of what is traced, from the outermost call in."""
+    frames: list[tuple[str, int]] = []
+    while tx is not None:
+        frames.insert(0, (tx.f_code.co_filename, tx.lineno))
+        tx = getattr(tx, "parent", None)
+    return frames
 
 
 def _apart(tx: Any) -> bool:

@@ -242,7 +242,7 @@ class Suppressed(Late):
 def test_what_may_go_on_is_no_check(make: type[Net]) -> None:
     """A fork in the branch that raises, somebody who catches: it is followed (graphs/speculated.py), and ends as the eager one does."""
     captured, _, _ = fit(make, "compile")
-    assert [o.reason for o in captured.capture.obstacles] == [FOLLOWED]
+    assert FOLLOWED in [o.reason for o in captured.capture.obstacles]
     expected, error = fit(make, "eager", bad=True), fit(make, "compile", bad=True)
     assert (type(error[2]), str(error[2])) == (type(expected[2]), str(expected[2]))
     assert getattr(error[1], "caught", False) == getattr(expected[1], "caught", False)

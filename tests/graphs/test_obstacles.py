@@ -123,7 +123,7 @@ class HeadIsAProperty(Net):
 class Branches(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        if loss > 1.4:
+        if loss.item() > 1.4:  # of a number, not of a tensor: nobody follows it
             loss = loss * 0.5
         return loss + 1e-3 * self.a.weight.square().sum()
 
@@ -141,7 +141,7 @@ def test_a_fit_does_not_use_up_what_the_next_may_compile() -> None:
             x, y = batch
             x = x.new_ones(len(x), self.width)
             loss = F.cross_entropy(torch.tanh(self.b(torch.tanh(self.a(torch.tanh(x.sin()))))).sigmoid(), y)
-            return loss * 0.5 if loss > 9.0 else loss
+            return loss * 0.5 if loss.item() > 9.0 else loss
 
     for width in range(3, 13):
         captured = fasttrain.compile_fit(Wide(width), capture="compile", **QUIET).fit(batches(3)).capture
@@ -418,7 +418,7 @@ def test_the_place_of_an_obstacle(folder: str, tmp_path: Path) -> None:
     """A folder called torch is not torch; in a package, its line comes with the user's own."""
     path = tmp_path / folder / "mine.py"
     path.parent.mkdir()
-    path.write_text("def loss(module, batch):\n    value = module.loss(batch)\n    return value * 0.5 if value > 0 else value\n")
+    path.write_text("def loss(module, batch):\n    value = module.loss(batch)\n    return value * 0.5 if value.item() > 0 else value\n")
     spec = importlib.util.spec_from_file_location("mine", path)
     assert spec is not None
     assert spec.loader is not None
