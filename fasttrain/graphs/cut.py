@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import CaptureError
+from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
 from fasttrain.graphs.tracer import DYNAMO, compiled, optimizers_alone, transformers, unvalidated
@@ -40,7 +41,7 @@ class CutFunction:
         self.ran = 0  # compiled stretches run so far
         self.compiled = 0
         self._most = math.inf  # to be compiled in all
-        self._call = compiled(function, self._backend, CUT, whole=False, around=optimizers_alone)
+        self._call = compiled(function, self._backend, CUT, whole=False, around=_around)
 
     def __call__(self, *args: Any) -> Any:
         # A step whose Python makes new code all the time would be compiled for ever: what is there is used, the rest runs as it is.
@@ -68,6 +69,12 @@ class CutFunction:
             return run(*args)
 
         return counted
+
+
+@contextmanager
+def _around() -> Iterator[None]:
+    with optimizers_alone(), looked_up(numbers=False):
+        yield
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fasttrain.errors import CaptureError
 from fasttrain.graphs.checks import CheckFailed, checked, checking
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
 from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
+from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, gradients_of, keys_and_values
 from fasttrain.graphs.recurrent import whole_layers
@@ -79,7 +80,7 @@ class Trace:
     @contextmanager
     def _around(self) -> Iterator[None]:
         checks = checking() if self._checks else nullcontext()
-        with self._lifted.lifting(), passing(), left_detached(gradients_of.__code__), stood_in(), checks:
+        with self._lifted.lifting(), looked_up(), passing(), left_detached(gradients_of.__code__), stood_in(), checks:
             yield
 
     def _otherwise(self) -> bool:
