@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import CaptureError
+from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
@@ -57,7 +58,7 @@ class CutFunction:
         from torch._inductor.compile_fx import compile_fx
 
         self.compiled += 1
-        if sum(node.op.startswith("call") for node in graph.graph.nodes) < self.least:
+        if sum(node.op.startswith("call") for node in graph.graph.nodes) < self.least or frozen_float(graph):
             return graph.forward
         run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from operator import is_, itemgetter
 from typing import Any, cast
 from weakref import ref
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.checks import CheckFailed, checked, checking
 from fasttrain.graphs.contract import batch_size_of, reader_for, structure, tensors_of
+from fasttrain.graphs.frozen import frozen_float
+from fasttrain.graphs.later import CLOCKS, MARK, Kept, held, kept_by
 from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
 from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.products import small_products
@@ -48,14 +51,15 @@ class Trace:
         self._entries: list[_Entry] = []
         self._unvalidated = self._stood_in = False  # do guards look at what is otherwise within a trace?
         self._function, self._dynamic = function, True if dynamic else None
-        self._lifted = Lifted(own[0])
-        self._growing: frozenset[str] | None = None  # lists that a step appends to, to be lifted; None: nobody has looked yet
+        self._lifted = Lifted(own)
+        self._kept: list[Kept] | None = None  # what may be left to the host, in the order to be tried; None: nobody has looked yet
         self._call = self._compiled()
 
     def __call__(self, *args: Any) -> Raw:
         """The guarded call: traces when it must. Raises whatever the tracer raises."""
         try:
             unchecked = unvalidated() if self._unvalidated else nullcontext()
+            self._lifted.begin(CLOCKS)
             with self._spec.default_dtype(), unchecked, stood_in() if self._stood_in else nullcontext():
                 raw: Raw = self._call(*args)
         except CheckFailed:
@@ -67,12 +71,17 @@ class Trace:
         work = [i for i in raw.items if type(i[0]) is int]
         if self.entry is not None:
             self.entry.work = work
-        for number, *values in work:
-            try:
-                self._lifted.do(number, values)
-            except Exception as error:
-                raise HostWorkError(error) from error
-        return raw._replace(items=[i for i in raw.items if type(i[0]) is not int]) if work else raw
+        if not work:
+            return raw
+        try:
+            found = self._lifted.do(work)
+        except Exception as error:
+            raise HostWorkError(error) from error
+        items = [i for i in raw.items if type(i[0]) is not int]
+        marks = {at: i[1][1] for at, i in enumerate(items) if type(i[1]) is tuple and i[1][:1] == (MARK,)}
+        if self.entry is not None:
+            self.entry.marks = marks
+        return raw._replace(items=[(i[0], found[marks[at]], *i[2:]) if at in marks else i for at, i in enumerate(items)])
 
     def _compiled(self) -> Callable[..., Any]:
         return compiled(self._function, self._backend, DYNAMO, whole=True, dynamic=self._dynamic, around=self._around)
@@ -84,10 +93,13 @@ class Trace:
             yield
 
     def _otherwise(self) -> bool:
-        """After a failure: once with the growing lists lifted, and where that fails with them in the trace."""
-        if not self._growing and not self._lifted.lists:
+        """After a failure: once more with less left to the host, nothing at last."""
+        if self._kept is None:
+            self._kept = _fewer_and_fewer(self._lifted.leaked)
+        left = self._lifted.kept
+        if not self._kept and not left and not (left.metrics and self._lifted.metrics):
             return False
-        self._lifted.lists, self._growing = self._growing or frozenset(), frozenset()
+        self._lifted.kept = self._kept.pop(0) if self._kept else Kept()
         self._call = self._compiled()
         return True
 
@@ -96,10 +108,14 @@ class Trace:
 
         entry = _Entry(self._lifted)
         entry.inspect(self._own, self._updates)
-        if entry.growing and self._growing is None:
-            self._growing = entry.growing
-            raise CaptureError("lists grow, and are lifted now")
-        _refuse_frozen_floats(graph)
+        if entry.kept and self._kept is None:
+            self._kept = _fewer_and_fewer(entry.kept)
+            raise CaptureError("what is kept on the host is lifted now")
+        if frozen_float(graph):
+            raise CaptureError(
+                "a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
+                "Log a tensor, or keep it in a buffer."
+            )
         self.count += 1
         self._unvalidated |= entry.unvalidated
         self._stood_in |= entry.stood_in
@@ -123,6 +139,12 @@ class Trace:
         return recorded
 
 
+def _fewer_and_fewer(kept: Kept) -> list[Kept]:
+    """What is left to the host, in the order to be tried: a counter that is asked for keeps no list in the trace."""
+    tried = (replace(kept, metrics=True), Kept(containers=kept.containers, metrics=True), Kept(containers=kept.containers))
+    return [k for k in dict.fromkeys(tried) if k]
+
+
 @contextmanager
 def stood_in() -> Iterator[None]:
     """Within: what stands in for functions of torch's is there, for a trace or for the guards it left."""
@@ -139,7 +161,8 @@ class _Entry:
 
     def __init__(self, lifted: Lifted) -> None:
         self.lifted = lifted
-        self.growing: frozenset[str] = frozenset()  # lists that were there before and are longer now
+        self.kept = Kept()  # what of all that it changes may be left to the host
+        self.marks: dict[int, int] = {}  # which of the values it logs are a result of host work, and of which piece
         self.work: Sequence[Sequence[Any]] = ()  # what its last call left to the host
         self.compiled: Callable[..., Any] = _never
         self.run: Callable[..., Any] = _never  # ``compiled``, or what stands in for it
@@ -160,12 +183,12 @@ class _Entry:
         if getattr(effects, "tensor_hooks", None):
             raise CaptureError("Tensor.register_hook inside training_step: the tracer would drop it in silence.")
         changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
-        foreign = [v for v in changed if not _is_new(v) and not any(_held(v) is o for o in own)]
+        foreign = [v for v in changed if not _is_new(v) and not any(held(v) is o for o in own)]
         foreign = [v for v in foreign if not _as_it_was(effects, v)]
-        self.growing = frozenset(name_of(v.source) for v in foreign if type(v).__name__ == "ListVariable" and v.source)
         if any(type(v).__name__ == "RandomVariable" for v in foreign):
             raise CaptureError("a random.Random of the module's own draws inside the step: the tracer would freeze its numbers.")
         guards = {name_of(g) for g in output.guards}
+        self.kept = kept_by(foreign, guards, effects, name_of, self.lifted.attributes)
         if any(n.endswith(".grad") and not n.endswith("autograd.grad") for n in guards):
             raise CaptureError("the step looks at the .grad of a parameter, which a captured step does not fill")
         if updates and any("param_groups" in _place(v) for v in foreign):
@@ -174,7 +197,7 @@ class _Entry:
         self.stood_in = any(name in g for name in STOOD_IN for g in guards)
         varying = [n for n in guards if n.rstrip("']").endswith(VARYING) or ".progress." in n]
         if foreign:
-            self.why_not = f"the step changes Python state ({type(_held(foreign[0]) or foreign[0]).__name__})"
+            self.why_not = f"the step changes Python state ({type(held(foreign[0]) or foreign[0]).__name__})"
         elif varying:
             self.why_not = f"the step reads {varying[0]}, which changes every step"
         self.pure = not (foreign or varying)
@@ -184,22 +207,10 @@ class _Entry:
         self.args = self.outs = self.work = ()
 
 
-def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
-    """Inductor (2.13) gives back the traced value of a number computed from a Python float that changes, for ever."""
-    returned = next(n for n in reversed(graph.graph.nodes) if n.op == "output").args[0]
-    for node in returned if isinstance(returned, (list, tuple)) else ():
-        source = node.args[0] if isinstance(node, torch.fx.Node) and node.target is torch.scalar_tensor else None
-        if isinstance(source, torch.fx.Node) and isinstance(source.meta.get("example_value"), torch.SymFloat) and _from_outside(source):
-            raise CaptureError(
-                "a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
-                "Log a tensor, or keep it in a buffer."
-            )
-
-
 def _as_it_was(effects: Any, variable: Any) -> bool:
     """Were all that the step wrote on this object constants that stood there before (a flag set and put back)?"""
     written = getattr(effects, "store_attr_mutations", {}).get(variable)
-    holder = _held(variable)
+    holder = held(variable)
     if not written or holder is None:
         return False
     try:
@@ -210,32 +221,9 @@ def _as_it_was(effects: Any, variable: Any) -> bool:
         return False
 
 
-def _held(variable: Any) -> Any:
-    """The object that Dynamo stands a variable for; None where it is no constant."""
-    try:
-        return getattr(variable, "value", None)
-    except Exception:  # a list of tensors
-        return None
-
-
 def _place(variable: Any) -> str:
     """Where Dynamo found an object, as it would write it."""
     return name_of(getattr(variable, "source", None))
-
-
-def _from_outside(number: torch.fx.Node) -> bool:
-    """Is it computed from a Python float that came in (and not only from tensors' values)? Some come in wrapped in a tensor."""
-    stack, seen = [number], set[torch.fx.Node]()
-    while stack:
-        node = stack.pop()
-        wrapped = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
-        is_tensor = isinstance(node.meta.get("example_value"), Tensor)
-        if node.op == "placeholder" and (wrapped or not is_tensor):
-            return True
-        if node not in seen and not is_tensor:
-            stack += node.all_input_nodes
-        seen.add(node)
-    return False
 
 
 def _is_new(variable: Any) -> bool:
@@ -271,6 +259,8 @@ class Plan:
         self.names = list(batch) if isinstance(batch, dict) else None
         self.structure = structure(batch) if self.read is tensors_of else None
         self.keys, values = keys_and_values(raw.items)
+        self.marks = entry.marks
+        values = [v for at, v in enumerate(values) if at not in self.marks]
         results = [*([] if raw.loss is None else [raw.loss]), *values, *(g for g in raw.grads if g is not None)]
         if any(id(r) not in place for r in results):
             raise LookupError("the step gives back something that is no output of its graph")
@@ -278,9 +268,9 @@ class Plan:
         self.values = _picker([place[id(v)] for v in values])
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
         self.returned, read = _builder(raw.returned, place)
-        self.do = entry.lifted.do
-        self.work = [(number, [_place_of(v, place) for v in values]) for number, *values in entry.work]
-        read += [i for _, values in self.work for i in values if type(i) is int]
+        self.lifted = entry.lifted
+        self.work = [(number, *(_place_of(v, place) for v in values)) for number, *values in entry.work]
+        read += [i for _, *values in self.work for i in values if type(i) is int]
         self.read_by_user = sorted({*read, *(place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)])})
         self.left = math.inf  # calls until the arguments' values are looked at
         slots = {i for i, _ in self.slots}
@@ -293,9 +283,9 @@ class Plan:
             return False
         same = len(self.args) == len(entry.args) and all(map(is_, self._fixed(self.args), self._fixed(entry.args)))
         if self.work:
-            known = [v for _, values in self.work for v in values if type(v) is list]
-            lists = [v for _, *values in entry.work for v in values if type(v) is list]
-            same = same and len(lists) == len(known) and all(map(is_, lists, known))
+            known = [v for _, *values in self.work for v in values if type(v) is not int]
+            now = [v for _, *values in entry.work for v in values if not isinstance(v, Tensor)]
+            same = same and len(now) == len(known) and all(map(is_, now, known))
         return same and entry is self.entry and type(batch) is self.kind and not self.moved()
 
     def moved(self) -> bool:
@@ -322,22 +312,29 @@ class Plan:
         args = self.args
         for i, j in self.slots:
             args[i] = leaves[j]
+        if self.lifted.clocks:
+            self.lifted.begin(self.lifted.clocks)
         try:
             outs = self.run(*args)
         except CheckFailed:
             return None
-        for number, values in self.work:
-            self.do(number, [outs[v] if type(v) is int else v for v in values])
         loss = None if self.loss is None else outs[self.loss]
         returned = None if self.returned is None else self.returned(outs)
-        return StepOutput(loss, self.keys, self.values(outs), returned, self.grads(outs), self.batch_size)
+        values = self.values(outs)
+        if self.work:
+            found = self.lifted.do((n, *(outs[v] if type(v) is int else v for v in given)) for n, *given in self.work)
+            others = iter(values)
+            values = [found[self.marks[at]] if at in self.marks else next(others) for at in range(len(self.keys))] if self.marks else values
+        return StepOutput(loss, self.keys, values, returned, self.grads(outs), self.batch_size)
 
 
 def _place_of(value: Any, place: dict[int, int]) -> Any:
-    """Where a graph gives back a value that host work takes; a list that grows is itself."""
-    if type(value) is not list and id(value) not in place:
+    """Where a graph gives back a value that host work takes; an object that it changes is itself."""
+    if id(value) in place:
+        return place[id(value)]
+    if isinstance(value, (Tensor, int, float, complex, str, tuple)):
         raise LookupError("host work takes a value that is no output of the graph")
-    return value if type(value) is list else place[id(value)]
+    return value
 
 
 def _builder(returned: Any, place: dict[int, int]) -> tuple[Callable[[Sequence[Any]], Any] | None, list[int]]:
