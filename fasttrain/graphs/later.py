@@ -124,7 +124,7 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
     builtin: Any = BuiltinVariable.call_function
     skipped: Any = functions.SkipFunctionVariable.call_function
     user_functions: Any = functions.UserFunctionVariable.call_function
-    lists: Any = TensorVariable.method_tolist
+    tensors: Any = TensorVariable.call_method
 
     def call_builtin(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if this.fn is not getattr and any(isinstance(a, later()) for a in (*args, *kwargs.values())):  # getattr: ``x.append``
@@ -163,10 +163,10 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
             given[at] = lifted.marked(tx, given[at])
         return user_functions(this, tx, args, kwargs)
 
-    def method_tolist(this: Any, tx: Any, *args: Any) -> Any:
-        if this.dtype is not None and this.dtype.is_floating_point:
+    def call_tensor(this: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if name == "tolist" and this.dtype is not None and this.dtype.is_floating_point:
             return lifted.found(tx, Tensor.tolist, [this.call_method(tx, "detach", [], {})], {})
-        return lists(this, tx, *args)
+        return tensors(this, tx, name, args, kwargs)
 
     def reads(before: Any) -> Any:
         def var_getattr(this: Any, tx: Any, name: str) -> Any:
@@ -187,7 +187,7 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
         stack.enter_context(instead(BuiltinVariable, "call_function", call_builtin))
         stack.enter_context(instead(functions.SkipFunctionVariable, "call_function", call_skipped))
         stack.enter_context(instead(functions.UserFunctionVariable, "call_function", call_function))
-        stack.enter_context(instead(TensorVariable, "method_tolist", method_tolist))
+        stack.enter_context(instead(TensorVariable, "call_method", call_tensor))
         yield
 
 

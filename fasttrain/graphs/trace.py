@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -64,8 +65,8 @@ class Trace:
                 raw: Raw = self._call(*args)
         except CheckFailed:
             raise
-        except Exception:
-            if not self._otherwise():
+        except Exception as error:
+            if not self._otherwise(str(error)):
                 raise
             return self(*args)
         work = [i for i in raw.items if type(i[0]) is int]
@@ -92,12 +93,16 @@ class Trace:
         with self._lifted.lifting(), looked_up(), passing(), left_detached(gradients_of.__code__), stood_in(), checks:
             yield
 
-    def _otherwise(self) -> bool:
-        """After a failure: once more with less left to the host, nothing at last."""
+    def _otherwise(self, said: str) -> bool:
+        """After a failure: once more with less left to the host, nothing at last - a metric only where the failure speaks of it."""
         if self._kept is None:
             self._kept = _fewer_and_fewer(self._lifted.leaked)
         left = self._lifted.kept
-        if not self._kept and not left and not (left.metrics and self._lifted.metrics):
+        if (
+            not self._kept
+            and not left
+            and not (left.metrics and self._lifted.metrics and re.search("the host|host work|LaterVariable", said))
+        ):
             return False
         self._lifted.kept = self._kept.pop(0) if self._kept else Kept()
         self._call = self._compiled()
