@@ -143,7 +143,9 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
                 return
             tx.popn(2)
             lifted.attributes.add(key)
-            lifted.found(tx, functools.partial(_write, inst.argval), [placed()(source=on.source), value], {}, kept=True)
+            lifted.found(
+                tx, functools.partial(_write, inst.argval), [placed()(source=on.source), without_gradient(value, tx)], {}, kept=True
+            )
             tx.output.side_effects.__dict__.setdefault("kept_later", {})[key] = value
 
         return store_attr
@@ -285,3 +287,10 @@ def held(variable: Any) -> Any:
         return getattr(variable, "value", None)
     except Exception:  # a list of tensors
         return None
+
+
+def without_gradient(variable: Any, tx: Any) -> Any:
+    from torch._dynamo.variables import TensorVariable
+
+    variable = variable.realize() if hasattr(variable, "realize") else variable
+    return variable.call_method(tx, "detach", [], {}) if type(variable) is TensorVariable and variable.requires_grad else variable

@@ -12,7 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.graphs.later import MARK, Kept, Made, expression, held, is_metric_object, kept_by, kept_later, later, placed
+from fasttrain.graphs.later import (
+    MARK,
+    Kept,
+    Made,
+    expression,
+    held,
+    is_metric_object,
+    kept_by,
+    kept_later,
+    later,
+    placed,
+    without_gradient,
+)
 from fasttrain.graphs.tracer import instead
 from fasttrain.module import Sink
 
@@ -72,7 +84,7 @@ class Lifted:
         from torch._dynamo.exc import Unsupported
 
         if kept and getattr(args[0], "metric", False):  # no graph sees what it makes of what it is given: that needs no gradient
-            args, kwargs = [_without_gradient(a, tx) for a in args], {k: _without_gradient(v, tx) for k, v in kwargs.items()}
+            args, kwargs = [without_gradient(a, tx) for a in args], {k: without_gradient(v, tx) for k, v in kwargs.items()}
             kept = False
         if (number := self.lift(tx, function, args, kwargs, kept=kept)) is None:
             raise Unsupported(f"host work on what no graph gives back: {function}")
@@ -218,13 +230,6 @@ def _copy_of(tensor: Any, tx: Any) -> Any:
 
     detached = wrap_fx_proxy(tx, tx.output.create_proxy("call_method", "detach", (tensor,), {}))
     return detached.call_method(tx, "clone", [], {})
-
-
-def _without_gradient(variable: Any, tx: Any) -> Any:
-    from torch._dynamo.variables import TensorVariable
-
-    variable = variable.realize() if hasattr(variable, "realize") else variable
-    return variable.call_method(tx, "detach", [], {}) if type(variable) is TensorVariable and variable.requires_grad else variable
 
 
 def _itself(value: Any) -> Any:

@@ -100,6 +100,13 @@ class KeepsTensors(Net):
         self.history.append(loss.detach().cpu().numpy())
 
 
+class LeavesItsState(Net):
+    """With its graph, which the backward pass uses up."""
+
+    def tell(self, loss: Tensor) -> None:
+        self.last = loss * 3
+
+
 class AddsUp(Net):
     """A number at first, then a tensor, on the host."""
 
@@ -116,7 +123,7 @@ class Averages(Net):
         self.log("smooth", self.total)
 
 
-@pytest.mark.parametrize("make", [Logs, KeepsNumbers, KeepsTensors, Averages])
+@pytest.mark.parametrize("make", [Logs, KeepsNumbers, KeepsTensors, LeavesItsState, Averages])
 def test_kept_and_logged(make: type[Net]) -> None:
     """One graph, one trace, past its guards; values, their types and their order are the eager run's."""
     result, _ = compared(make)
