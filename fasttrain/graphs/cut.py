@@ -20,9 +20,11 @@ from torch import Tensor
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.explain import obstacle_of
+from fasttrain.graphs.frozen import frozen_float
+from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
-from fasttrain.graphs.tracer import DYNAMO, compiled, optimizers_alone, transformers, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, chance_apart, compiled, optimizers_alone, transformers, unvalidated
 from fasttrain.results import Build, Obstacle
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
@@ -46,7 +48,7 @@ class CutFunction:
         self.compiled = 0
         self._most = math.inf  # to be compiled in all
         self._clock: list[tuple[Obstacle | None, float, float]] | None = None  # stretches that ran: what ended each, from when to when
-        self._call = compiled(function, self._backend, CUT, whole=False, around=optimizers_alone)
+        self._call = compiled(function, self._backend, CUT, whole=False, around=_around)
 
     def __call__(self, *args: Any) -> Any:
         # A step whose Python makes new code all the time would be compiled for ever: what is there is used, the rest runs as it is.
@@ -76,7 +78,7 @@ class CutFunction:
         from torch._inductor.compile_fx import compile_fx
 
         self.compiled += 1
-        small = sum(node.op.startswith("call") for node in graph.graph.nodes) < self.least
+        small = sum(node.op.startswith("call") for node in graph.graph.nodes) < self.least or frozen_float(graph)
         run = graph.forward if small else cast(Callable[..., Any], compile_fx(graph, examples, config_patches=self._patches))
         why, counter = _ended(graph), ref(self)  # Dynamo keeps what follows for as long as the module's code
 
@@ -100,6 +102,12 @@ def _ended(graph: torch.fx.GraphModule) -> Obstacle | None:
     if why is None or not why.graph_break:
         return None
     return obstacle_of(why.reason, [(f.filename, f.lineno or 0) for f in why.user_stack], CUT_THERE)
+
+
+@contextmanager
+def _around() -> Iterator[None]:
+    with optimizers_alone(), looked_up(numbers=False), chance_apart():
+        yield
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from typing import Any
 
 from fasttrain.graphs.contract import Key, batch_size_of, key_of
 from fasttrain.graphs.explain import obstacle_from
+from fasttrain.graphs.plan import Plan
 from fasttrain.graphs.program import Raw, StepSpec, keys_and_values, make_eval_step
-from fasttrain.graphs.trace import Plan, Trace
+from fasttrain.graphs.trace import Trace
 from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
 

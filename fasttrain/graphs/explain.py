@@ -22,6 +22,7 @@ ADVICE = (
     (r"torchmetrics|Metric", "Update metrics in on_train_batch_end, or log the tensor and let self.log take the mean."),
     (r"operator `print`", "Move the print to on_train_batch_end."),
     (r"logging|Logger", "Move the message out of the step, e.g. to on_train_batch_end."),
+    (r"random: a number that Python draws", "Draw it with torch.rand or in the dataset."),
     (r"numpy|pandas", "Move the lookup into the dataset."),
 )
 

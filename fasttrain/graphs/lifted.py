@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +16,24 @@ import torch
 from torch import Tensor
 
 from fasttrain.graphs.explain import traced_place
+from fasttrain.graphs.later import (
+    MARK,
+    Kept,
+    Made,
+    expression,
+    held,
+    is_metric_object,
+    kept_by,
+    kept_later,
+    later,
+    placed,
+    without_gradient,
+)
 from fasttrain.graphs.tracer import instead
 from fasttrain.module import Sink
 from fasttrain.results import Obstacle
 
 BEHIND = "lifted: it runs behind the graph, on the values of that step"
-Made = Callable[[Sequence[Any]], Any]  # makes an argument out of the values that only the graph knows
-
 MODULE_LEVEL = frozenset((logging.debug, logging.info, logging.warning, logging.error, logging.critical))
 
 
@@ -35,31 +45,84 @@ class HostWorkError(Exception):
         self.error = error
 
 
+class Values(list[Any]):
+    """What a graph gives to one piece of host work, and what the pieces before it in that step have given, by their numbers."""
+
+    before: dict[int, Any]
+
+
 class Lifted:
     """What one trace has lifted. An item of the sink that starts with a number is host work: the number, then its values."""
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self._calls: list[Callable[[Sequence[Any]], None]] = []
+    def __init__(self, own: tuple[Any, ...]) -> None:
+        self._sink: Sink = own[0]
+        self._own = own  # what of all that a step changes is ours
+        self._calls: list[Callable[[Values], Any]] = []
         self._from: list[Obstacle] = []  # by number: what was lifted from where
         self._least: list[float] = []  # and the least seconds that it took
-        self.lists: frozenset[str] = frozenset()  # that a step only appends to, as Dynamo names their places
+        self.kept = Kept(metrics=True)  # what a step keeps on the host and never looks at
+        self.metrics = False  # has it met a metric object?
+        self.leaked = Kept()  # where it put values that only the host knows
+        self.attributes: set[tuple[str, str]] = set()  # that hold what only the host knows
+        self.clocks: set[Callable[[], float]] = set()  # that it reads
+        self.started: dict[Callable[[], float], float] = {}  # as they stood when it began
 
-    def do(self, number: int, values: Sequence[Any]) -> None:
-        """One piece of work; nothing while a step is only tried."""
-        if self._sink.muted:
-            return
-        begun = time.perf_counter()
-        self._calls[number](values)
-        self._least[number] = min(self._least[number], time.perf_counter() - begun)
+    def leaks(self, output: Any) -> None:
+        """Such a value is put into something that the host has not been left with."""
+        changed = [v for v in output.side_effects.id_to_variable.values() if output.side_effects.is_modified(v)]
+        changed = [v for v in changed if not any(held(v) is o for o in self._own)]
+        self.leaked = kept_by(changed, {name_of(g) for g in output.guards}, output.side_effects, name_of, self.attributes)
+
+    def begin(self, clocks: Iterable[Callable[[], float]]) -> None:
+        """A step begins, at these clocks' time."""
+        for clock in clocks:
+            self.started[clock] = clock()
+
+    def do(self, work: Iterable[Sequence[Any]]) -> dict[int, Any]:
+        """A step's host work in order; what each piece gives. Nothing, in numbers, while a step is only tried."""
+        found: dict[int, Any] = {}
+        for number, *given in work:
+            values = Values(given)
+            values.before = found
+            begun = time.perf_counter()
+            found[number] = 0.0 if self._sink.muted else self._calls[number](values)
+            if not self._sink.muted:
+                self._least[number] = min(self._least[number], time.perf_counter() - begun)
+        return found
 
     @property
     def dealt(self) -> list[Obstacle]:
-        """What was lifted and has been done, with what it takes at least."""
-        return [replace(o, cost_us=s * 1e6) for o, s in zip(self._from, self._least, strict=True) if s < math.inf]
+        """What was lifted and has been done, place by place, with what it takes at least."""
+        spent: dict[Obstacle, float] = {}
+        for what, seconds in zip(self._from, self._least, strict=True):
+            if seconds < math.inf:
+                spent[what] = spent.get(what, 0.0) + seconds * 1e6
+        return [replace(what, cost_us=us) for what, us in spent.items()]
 
-    def lift(self, tx: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, kept: bool = False) -> bool:
-        """Leave a traced call for later; False where one of its arguments is nothing that a graph gives back.
+    def found(self, tx: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, kept: bool = False) -> Any:
+        """A lifted call's result, for the host alone."""
+        from torch._dynamo.exc import Unsupported
+
+        if kept and getattr(args[0], "metric", False):  # no graph sees what it makes of what it is given: that needs no gradient
+            args, kwargs = [without_gradient(a, tx) for a in args], {k: without_gradient(v, tx) for k, v in kwargs.items()}
+            kept = False
+        if (number := self.lift(tx, function, args, kwargs, kept=kept)) is None:
+            raise Unsupported(f"host work on what no graph gives back: {function}")
+        return later()(self, number)
+
+    def marked(self, tx: Any, variable: Any) -> Any:
+        """A logged value: a number that the host will know is a mark in its place."""
+        from torch._dynamo.variables.base import VariableTracker
+        from torch._dynamo.variables.tensor import SymNodeVariable
+
+        variable = variable.realize() if hasattr(variable, "realize") else variable
+        number = variable.number if isinstance(variable, later()) else None
+        if isinstance(variable, SymNodeVariable):
+            number = self.lift(tx, _itself, [variable], {})
+        return variable if number is None else VariableTracker.build(tx, (MARK, number))
+
+    def lift(self, tx: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, kept: bool = False) -> int | None:
+        """Leave a traced call for later, and give its number; None where one of its arguments is nothing that a graph gives back.
 
         ``kept``: it keeps its arguments themselves, where others see what they hold at this moment.
         """
@@ -69,19 +132,19 @@ class Lifted:
             made = [_made(a, values, tx, kept) for a in args]
             named = {k: _made(v, values, tx, kept) for k, v in kwargs.items()}
         except LookupError:
-            return False
+            return None
         items = tx.output.side_effects.store_attr_mutations.get(sink, {}).get("items")
         if not hasattr(items, "items"):  # no step of ours is being traced
-            return False
+            return None
         from torch._dynamo.variables import ConstantVariable, TupleVariable
 
-        number = ConstantVariable.create(len(self._calls))
+        number = len(self._calls)
         self._calls.append(lambda v: function(*(m(v) for m in made), **{k: m(v) for k, m in named.items()}))
-        items.call_method(tx, "append", [TupleVariable([number, *values])], {})
-        reason = f"{getattr(function, '__name__', 'host work')} in the step."
+        reason = f"{function.__name__} in the step." if function in (print, list.append) else "work on the host in the step."
         self._least.append(math.inf)
-        self._from.append(Obstacle(reason, traced_place(), "Calling it in on_train_batch_end would spare it.", BEHIND))
-        return True
+        self._from.append(Obstacle(reason, traced_place(), "Doing it in on_train_batch_end would spare it.", BEHIND))
+        items.call_method(tx, "append", [TupleVariable([ConstantVariable.create(number), *values])], {})
+        return number
 
     @contextmanager
     def lifting(self) -> Iterator[None]:
@@ -95,21 +158,27 @@ class Lifted:
         wraps: Any = VariableBuilder._wrap
 
         def call_function(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-            if self.lift(tx, _placed(this.value, _frame(tx, kwargs)), args, kwargs):
+            if self.lift(tx, _placed(this.value, _frame(tx, kwargs)), args, kwargs) is not None:
                 return ConstantVariable.create(None)
             raise Unsupported(f"operator `{this.value.__name__}` on what no graph gives back: an object, a tensor that requires grad")
 
         def call_method(this: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
             level: Any = getattr(logging, name.upper(), None)
             heard = isinstance(level, int) and this.value.isEnabledFor(level)
-            if heard and self.lift(tx, _said(this.value, level, _frame(tx, kwargs)), args, kwargs):
+            if heard and self.lift(tx, _said(this.value, level, _frame(tx, kwargs)), args, kwargs) is not None:
                 return ConstantVariable.create(None)
             return says(this, tx, name, args, kwargs)
 
         def wrap(this: Any, value: Any) -> Any:
-            if type(value) is list and name_of(this.source) in self.lists:
+            if self.kept.containers and name_of(this.source) in self.kept.containers:
                 this.install_guards(GuardBuilder.TYPE_MATCH)
-                return _growing()(self, source=this.source)
+                return self.found(this.tx, _itself, [placed()(source=this.source)], {})
+            if self.kept.metrics and is_metric_object(value) and this.source is not None:
+                self.metrics = True
+                this.install_guards(GuardBuilder.TYPE_MATCH)
+                found = self.found(this.tx, _itself, [placed()(source=this.source)], {})
+                found.metric = True
+                return found
             return wraps(this, value)
 
         functions = torch._dynamo.config.reorderable_logging_functions | {print, warnings.warn} | MODULE_LEVEL
@@ -118,6 +187,7 @@ class Lifted:
             instead(misc.DebuggingVariable, "call_function", call_function),
             instead(misc.LoggingLoggerVariable, "call_method", call_method),
             instead(VariableBuilder, "_wrap", wrap),
+            kept_later(self, self.kept, name_of),
         ):
             yield
 
@@ -149,11 +219,20 @@ def _made(variable: Any, values: list[Any], tx: Any, kept: bool) -> Made:
         if kind not in (list, tuple):
             raise LookupError
         return lambda v: kind(i(v) for i in items)
-    place, read = len(values), _read_from(variable, tx)
-    if read is not None:
-        values.append(read)
-        return lambda v: v[place].item()
-    if isinstance(variable, (_growing(), SymNodeVariable)):
+    if isinstance(variable, variables.ConstDictVariable) and variable.python_type() is dict:
+        pairs = [(_made(k.vt, values, tx, kept), _made(v, values, tx, kept)) for k, v in variable.items.items()]
+        return lambda v: {k(v): item(v) for k, item in pairs}
+    if isinstance(variable, later()):
+        number = variable.number
+        return lambda v: v.before[number]
+    if isinstance(variable, SymNodeVariable):
+        with suppress(LookupError):
+            return expression(variable.as_proxy().node, lambda node: _read_from(node, values, tx))
+    place = len(values)
+    if isinstance(variable, variables.NumpyNdarrayVariable):
+        values.append(_copy_of(variable.as_proxy(), tx))
+        return lambda v: v[place].numpy()
+    if isinstance(variable, (placed(), SymNodeVariable)):
         values.append(variable)
     elif isinstance(variable, variables.TensorVariable) and not _example(variable).requires_grad:
         values.append(variable if kept else variable.call_method(tx, "clone", [], {}))  # it may have moved on when it is read
@@ -162,17 +241,22 @@ def _made(variable: Any, values: list[Any], tx: Any, kept: bool) -> Made:
     return lambda v: v[place]
 
 
-def _read_from(variable: Any, tx: Any) -> Any:
-    """The tensor whose ``.item()`` this number is: it is read later; None for anything else."""
-    from torch._dynamo.variables.builder import wrap_fx_proxy
-    from torch._dynamo.variables.tensor import SymNodeVariable
+def _read_from(node: torch.fx.Node, values: list[Any], tx: Any) -> Made:
+    """The tensor whose ``.item()`` is a number: it is read later."""
+    place = len(values)
+    values.append(_copy_of(torch.fx.Proxy(node, tx.output.current_tracer), tx))
+    return lambda v: v[place].item()
 
-    node = variable.as_proxy().node if isinstance(variable, SymNodeVariable) else None
-    if node is None or (node.op, node.target) != ("call_method", "item"):
-        return None
-    tensor = torch.fx.Proxy(node.args[0], tx.output.current_tracer)
+
+def _copy_of(tensor: Any, tx: Any) -> Any:
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+
     detached = wrap_fx_proxy(tx, tx.output.create_proxy("call_method", "detach", (tensor,), {}))
     return detached.call_method(tx, "clone", [], {})
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _number(variable: Any, tx: Any) -> Any:
@@ -224,29 +308,3 @@ def _said(logger: logging.Logger, level: int, frame: Any) -> Callable[..., None]
             logger.handle(logger.makeRecord(logger.name, level, path, line, message, args, error, name, extra))
 
     return say
-
-
-@functools.cache
-def _growing() -> Any:
-    """Dynamo's idea of a list that the step appends to and never looks at."""
-    from torch._dynamo.exc import Unsupported
-    from torch._dynamo.variables import ConstantVariable
-    from torch._dynamo.variables.base import VariableTracker
-
-    class GrowingListVariable(VariableTracker):
-        def __init__(self, lifted: Lifted, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            self.lifted = lifted
-
-        def python_type(self) -> type:
-            return list
-
-        def is_python_constant(self) -> bool:
-            return False
-
-        def call_method(self, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-            if name == "append" and self.lifted.lift(tx, list.append, [self, *args], kwargs, kept=True):
-                return ConstantVariable.create(None)
-            raise Unsupported(f"list.{name} on a list that the step appends to")
-
-    return GrowingListVariable

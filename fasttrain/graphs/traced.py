@@ -17,9 +17,10 @@ from fasttrain.graphs.contract import Key, key_of
 from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.lifted import HostWorkError
+from fasttrain.graphs.plan import Plan
 from fasttrain.graphs.program import Raw, StepOutput, StepSpec, keys_and_values
 from fasttrain.graphs.speculated import Speculation
-from fasttrain.graphs.trace import Plan, Trace
+from fasttrain.graphs.trace import Trace
 from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
 

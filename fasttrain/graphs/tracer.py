@@ -166,6 +166,19 @@ def optimizers_alone() -> Iterator[None]:
 
 
 @contextmanager
+def chance_apart() -> Iterator[None]:
+    """Within a trace: Python's own random numbers are drawn outside of it. In a graph they are others, or no numbers at all (torch 2.13)."""
+    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.variables import misc, user_defined
+
+    def drawn(*_: Any, **__: Any) -> Any:
+        raise Unsupported("random: a number that Python draws")
+
+    with instead(misc, "call_random_fn", drawn), instead(user_defined, "call_random_fn", drawn):
+        yield
+
+
+@contextmanager
 def passing() -> Iterator[None]:
     """Within a trace: an object of ours that stands in for another passes for it with ``isinstance``, as it does outside."""
     from torch._dynamo.variables import BuiltinVariable, ConstantVariable, UserDefinedObjectVariable
@@ -215,8 +228,8 @@ def _detached(variable: Any, tx: Any) -> Any:
 
 
 @contextmanager
-def instead(kind: type, name: str, method: Any) -> Iterator[None]:
-    """Within: a class of Dynamo's with another method."""
+def instead(kind: Any, name: str, method: Any) -> Iterator[None]:
+    """Within: a class (or module) of Dynamo's with another method."""
     own = kind.__dict__.get(name)  # None: inherited, in some versions of torch
     setattr(kind, name, method)
     try:

@@ -133,6 +133,22 @@ def test_a_counter_in_the_module() -> None:
     _, a, compiled, b = both(Counts, batches([8] * 12))
     same(a, b)
     assert a.count == b.count == 12
+    assert (compiled.capture.rung, compiled.capture.traces, compiled.capture.direct) == ("compile", 1, True)
+
+
+def test_a_counter_that_the_loss_takes_up() -> None:
+    """It stays in the trace: a number of the graph's, and guards are evaluated every step."""
+
+    class Weighs(Net):
+        count = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.count += 1
+            return super().training_step(batch, batch_idx) * (1 + self.count)
+
+    _, a, compiled, b = both(Weighs, batches([8] * 12))
+    same(a, b)
+    assert a.count == b.count == 12
     assert compiled.capture.rung == "compile"
     assert compiled.capture.traces <= 3
     assert "Python state" in compiled.capture.why_guarded

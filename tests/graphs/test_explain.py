@@ -75,7 +75,7 @@ def test_what_was_dealt_with_is_named(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 class Counts(Net):
-    """Its counter is Python's: guards are evaluated every step."""
+    """Its counter is Python's, and the loss takes it up: guards are evaluated every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Counts(Net):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.calls += 1
-        return self.loss(batch)
+        return self.loss(batch) * self.calls
 
 
 def test_guards_have_a_cost() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -190,6 +191,31 @@ def test_whole(make: type[Net]) -> None:
     _, captured, _, _ = both(make, max_epochs=3)
     assert captured.capture.whole
     assert captured.capture.traces <= 2
+
+
+class Draws(Net):
+    """Python's own random numbers: in a graph they were others, and ``uniform`` gave none at all."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return self.loss((x * random.uniform(0.5, 1.5), y)) * random.randint(1, 3)
+
+
+def test_pythons_random_numbers_are_the_eager_ones() -> None:
+    """Drawn outside of any graph, as many as eagerly."""
+    left = []
+    for capture in ("eager", "compile"):
+        torch.manual_seed(0)
+        random.seed(7)
+        module = Draws()
+        result = fasttrain.compile_fit(module, capture=capture, **QUIET).fit(batches())
+        left.append((result, module, random.random()))
+    (_, a, one), (captured, b, other) = left
+    assert one == other
+    assert captured.capture.rung == "compile"
+    assert "a number that Python draws" in captured.capture.obstacles[0].reason
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [ReadsTheClock, TeachesBeforeZeroing])
