@@ -284,6 +284,7 @@ def _validation_is_due(run: Run, interval: float, last_batch: bool, now: float) 
 
 def _validate(run: Run) -> None:
     progress = run.facade.progress
+    run.settle()
     progress.validated_step = progress.global_step
     renew(run, "val")
     progress.phase = "validation"
@@ -316,6 +317,7 @@ def _finish_resumed_batch(run: Run, interval: float | None, last_batch: bool) ->
 def _end_epoch(run: Run) -> None:
     """Epoch hooks and metrics, in Lightning's order: callbacks, the module, early stopping, checkpoints, then plateaus."""
     facade, progress = run.facade, run.facade.progress
+    run.settle()
     facade.epoch_ended = True
     if progress.phase != "epoch_end":
         progress.phase = "epoch_end"

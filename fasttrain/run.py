@@ -124,6 +124,11 @@ class Run:
         loaders = [p.loader for p in source.parts if p.road != "tensors"] if source is not None else []
         return reaches([*loaders, lambdas], targets)
 
+    def settle(self) -> None:
+        """Where the run stops anyway: what a device has decided and nobody has waited for. Raises NonFiniteError."""
+        if self.spec.pending is not None:
+            self.ledger.skipped_steps += self.spec.pending.settle()
+
     def transfer(self, dataloader_idx: int = 0) -> Callable[[Any], Any] | None:
         """What brings a batch to the device, the datamodule's own way before the module's; None when nobody has one and none is needed."""
         sink, device = self.trainable.sink, self.spec.device

@@ -23,8 +23,10 @@ from fasttrain.facade import TrainerFacade
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
+from fasttrain.graphs.norms import GradientNorms
+from fasttrain.graphs.pending import Pending
 from fasttrain.graphs.program import TRUE_DTYPES, StepSpec
-from fasttrain.graphs.tail import GradientNorms, LossScale
+from fasttrain.graphs.scale import LossScale
 from fasttrain.hook_names import IN_STEP_HOOKS
 from fasttrain.loaders import open_loaders, restore
 from fasttrain.loggers.choice import make_loggers
@@ -182,9 +184,13 @@ def make_maker(run: Run) -> StepMaker:
     hooks = InStepHooks(trainable, run.fire_in_step, frozenset(h for h in IN_STEP_HOOKS if h in trainable.hooks or run.calls(h)))
     if options.track_grad_norm is not None:
         run.spec = replace(run.spec, norms=_gradient_norms(run, hooks, options.track_grad_norm))
+    scaled, alone = options.precision == "16-mixed", len(parsed.optimizers) == 1 and trainable.form not in ("generator", "manual")
+    if run.spec.device.type != "cpu":
+        raises = options.nonfinite == "raise" and not scaled
+        run.spec = replace(run.spec, pending=Pending(lambda: facade.progress.batches_seen, raises=raises))
     maker = StepMaker(
         trainable=trainable, spec=run.spec, optimizers=parsed.optimizers, options=options,
-        scaler=LossScale(run.spec.device) if options.precision == "16-mixed" else None,
+        scaler=LossScale(run.spec.device, alone=alone) if scaled else None,
         hooks=hooks,
         say=run.display.line, frequencies=parsed.frequencies, schedulers=schedulers, verbs=run.verbs,
         seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, keys_and_values, make_micro_step
-from fasttrain.graphs.tail import LossScale, Tail, frozen, make_tail, still_moved, trainable_params
+from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.tail import Tail, frozen, make_tail, still_moved, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -134,7 +135,7 @@ class CompileStep:
 
     def _bind_tail(self) -> None:
         self._step_hooks = _has_step_hooks(self._optimizer)
-        self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler, self._spec.norms)
+        self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler, self._spec.norms, self._spec.pending)
 
     def _accumulate(self, out: StepOutput) -> None:
         assert out.grads is not None

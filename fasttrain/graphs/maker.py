@@ -21,10 +21,11 @@ from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.manual import ManualStep, Verbs
 from fasttrain.graphs.pieces import CutStep, PiecedStep
 from fasttrain.graphs.program import StepSpec
+from fasttrain.graphs.scale import LossScale
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.splits import SplitStep, splitter
 from fasttrain.graphs.step import Step
-from fasttrain.graphs.tail import LossScale, trainable_params
+from fasttrain.graphs.tail import trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -112,6 +113,8 @@ class StepMaker:
             sink.outside, sink.muted, self.hooks.muted = outside, False, False
             if self.scaler is not None and scale is not None:
                 self.scaler.load_state_dict(scale)
+            if self.spec.pending is not None:
+                self.spec.pending.forget()
 
     def _eager(self) -> Step:
         form, common = self.trainable.form, (self.options, self.scaler)

@@ -28,7 +28,8 @@ class StepSpec:
     precision: Precision
     device: torch.device
     keep_outputs: bool  # somebody reads what training_step returned
-    norms: Any = None  # what hears of gradient norms (tail.GradientNorms), under track_grad_norm
+    norms: Any = None  # what hears of gradient norms (norms.GradientNorms), under track_grad_norm
+    pending: Any = None  # what a device decides and the host hears later (pending.Pending); None where the host decides
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward's context under this precision; casts are not cached, as in Lightning, and cannot be in a capture."""

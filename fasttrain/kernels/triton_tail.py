@@ -197,14 +197,15 @@ class TritonTail:
     def step(
         self, grads: Sequence[Tensor | None], *, max_norm: float | None = None, clip_value: float | None = None,
         grad_scale: float | Tensor = 1.0, loss: Tensor | None = None, check: bool = False, zero_grads: bool = False,
-        norms_out: Tensor | None = None,
+        norms_out: Tensor | None = None, sticky: bool = False,
     ) -> None:  # fmt: skip
         """One optimizer step from these gradients, the meaning of every argument `NativeTail.step`'s.
 
         `grad_scale` may be a 0-d tensor on the device; `max_norm`, `clip_value` and a number in `grad_scale` are device values
         too, taken over by the next `step` or `sync`. `check`: a step whose loss, or measured norm, is inf or NaN writes nothing
         but zeroed gradients, the loss scale and the skip counts. `norms_out`: float32 of one element a parameter, on the device,
-        filled with each gradient's own norm from the same pass (0 where there is none).
+        filled with each gradient's own norm from the same pass (0 where there is none). `sticky`: once a step was refused all
+        that follow are, until `skips` is set to 0: what a host that hears of it later finds is what that step found.
         """
         optimizer = self._live()
         check_call(self.device, len(self._params), max_norm, clip_value, grad_scale, loss, norms_out)
@@ -220,6 +221,7 @@ class TritonTail:
         call = Call(
             rule=self._rule.code, inf=self._inf, measure=max_norm is not None or norms_out is not None, check=check, zero=zero_grads,
             rescale=grad_scale if isinstance(grad_scale, Tensor) else None, loss=loss if check else None, norms=norms_out,
+            sticky=sticky and check,
         )  # fmt: skip
         self._launch(binding, call, capturing)
         if zero_grads:
