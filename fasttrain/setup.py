@@ -20,6 +20,7 @@ from fasttrain.callbacks.model_checkpoint import ModelCheckpoint
 from fasttrain.display import Display
 from fasttrain.errors import DataError, FasttrainWarning, ModuleError, OptionError, reject
 from fasttrain.facade import TrainerFacade
+from fasttrain.graphs.device import CudaDevice, Device
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
@@ -193,13 +194,22 @@ def make_maker(run: Run) -> StepMaker:
         scaler=LossScale(run.spec.device, alone=alone) if scaled else None,
         hooks=hooks,
         say=run.display.line, frequencies=parsed.frequencies, schedulers=schedulers, verbs=run.verbs,
-        seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
+        device=make_device(run), seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
     )  # fmt: skip
     if trainable.form == "manual":
         run.verbs.acts = maker.manual()  # hooks before the first batch may use them
         facade.taken = run.verbs.taken
         run.schedulers = []  # they move when the module moves them
     return maker
+
+
+def make_device(run: Run) -> Device | None:
+    """What records graphs, where the run trains on something that has them."""
+    if run.spec.device.type != "cuda":
+        return None
+    module = run.trainable.module
+    own = lambda: [v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)]  # noqa: E731
+    return CudaDevice(run.spec.device, own)
 
 
 def _gradient_norms(run: Run, hooks: InStepHooks, norm_type: float) -> GradientNorms:
@@ -268,7 +278,7 @@ def _check_writable(root: Path) -> None:
 
 
 def tear_down(run: Run, fn: str, datamodule: Any, status: str) -> None:
-    """Hooks and loggers put away, after success and after failure."""
+    """Hooks, loggers and graphs put away, after success and after failure."""
     if hasattr(datamodule, "teardown") and not isinstance(datamodule, type):
         datamodule.teardown(fn)
     run.fire("teardown", fn)
@@ -276,3 +286,5 @@ def tear_down(run: Run, fn: str, datamodule: Any, status: str) -> None:
         for name, arguments in (("save", ()), ("finalize", (status,))):
             if callable(getattr(logger, name, None)):
                 getattr(logger, name)(*arguments)
+    if run.maker is not None and run.maker.device is not None:
+        run.maker.device.close()

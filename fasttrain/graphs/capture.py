@@ -81,7 +81,7 @@ def _choose(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[Step,
     wanted, device = maker.options.capture, maker.spec.device.type
     report = CaptureReport(tail=_tail_name(maker), threads=torch.get_num_threads())
     report.obstacles = obstacles_of(maker)
-    if wanted == "graph" and device != "cuda":
+    if wanted == "graph" and maker.device is None:
         raise CaptureError(f"capture='graph' needs a CUDA device; this run is on {device}. Use capture='auto' or 'compile'.")
     if wanted == "eager":
         return _eager(maker, report, "asked for")
@@ -152,6 +152,8 @@ def _traced(
         error = CaptureError("a sparse gradient: the captured update takes dense ones")
     if error is not None:
         report.obstacles.append(obstacle_from(error))
+        if graph and maker.options.capture != "graph":  # the next rung: the same step compiled, and not recorded
+            return _traced(maker, report, batch, why or "no graph can be had", build)
         if maker.trainable.form != "generator" and maker.options.capture != "graph":
             return _cut(maker, report, batch, why, replace(build, cut=True, cpp_wrapper=False))
         return _not_captured(maker, report, error)
@@ -230,7 +232,7 @@ def _try(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFuncti
 
 def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float) -> tuple[Step, CaptureReport]:
     """What a checkpoint or this machine has decided before, else by measuring."""
-    graph = maker.spec.device.type == "cuda"
+    graph = maker.device is not None
     if maker.options.deterministic:
         return _traced(maker, report, batch, "deterministic: nothing is measured", graph=graph)
     if maker.decided is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fasttrain.errors import ModuleError, reject
 from fasttrain.forms import Carried
 from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.contract import copied
+from fasttrain.graphs.cuda import GraphStep
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.maker import StepMaker, tried
 from fasttrain.graphs.manual import ManualStep
@@ -119,16 +121,26 @@ def _whole_step(maker: StepMaker, batch: Any) -> None:
                                  "Look at the data for nan/inf and at the learning rate, or set nonfinite='ignore'."))  # fmt: skip
 
 
+@contextmanager
+def gradients_apart(step: Step) -> Iterator[None]:
+    """Within: no update belongs to a micro-step, and gradients can be looked at between."""
+    if isinstance(step, GraphStep):
+        step.whole = False
+    yield
+    if isinstance(step, GraphStep):
+        step.whole = True
+
+
 def other_gradients(maker: StepMaker, step: Step, batch: Any) -> str:
     """One sentence where a captured step of one loss gives gradients that are not the eager ones, beyond all rounding; "" where it does."""
-    if not isinstance(step, (CompileStep, CutStep)) or step.takes_closure:
+    if not isinstance(step, (CompileStep, CutStep, GraphStep)) or step.takes_closure:
         return ""
     found = []
     for one in (maker.eager(), step):
         before = maker.snapshot()
         one.refresh()
         tried(one, True)
-        with maker.trial():
+        with maker.trial(), gradients_apart(one):
             one.micro_step(copied(batch), 0, first=True, last=True, divisor=1, opened=1)
             found.append({name: g.detach().clone() for name, g in one.gradients().items()})
             one.update_step(1.0)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from fasttrain.graphs.compile import CompileStep
+from fasttrain.graphs.cuda import GraphStep
 from fasttrain.graphs.cut import CutFunction
+from fasttrain.graphs.device import Device
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.explain import AROUND, gradient_hooks
 from fasttrain.graphs.generator import GeneratorStep
@@ -49,6 +51,7 @@ class StepMaker:
     verbs: Verbs = field(default_factory=Verbs)
     seen: Callable[[], int] = lambda: 0  # batches of the fit before this one
     workers: int = 0  # loader processes that want a core
+    device: Device | None = None  # what records graphs; None where there is nothing of the kind
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
 
     def eager(self) -> Step:
@@ -130,7 +133,11 @@ class StepMaker:
         optimizer = self.optimizers[i]
         if self.in_pieces(i):
             return PiecedStep(self.trainable, self.spec, optimizer, self.options, self.scaler, self.hooks, i, build=build)
-        return CompileStep(self.trainable, self.spec, optimizer, self.options, self.scaler, i, build=build, graph=graph)
+        given = (self.trainable, self.spec, optimizer, self.options, self.scaler, i)
+        if graph and not build.joint:
+            assert self.device is not None
+            return GraphStep(*given, build=build, device=self.device)
+        return CompileStep(*given, build=build, device=self.device if graph else None)
 
     def _cut_one(self, i: int, build: Build) -> Step:
         return CutStep(self.trainable, self.spec, self.optimizers[i], self.options, self.scaler, self.hooks, i, build=build)
@@ -171,6 +178,9 @@ def tried(step: Step, on: bool) -> None:
         call.tried(on)
     if isinstance(step, SplitStep):
         step = step.step
+    for one in step.steps if isinstance(step, Turns) else [step]:
+        if isinstance(one, GraphStep):
+            one.tried(on)
     if isinstance(step, Turns):
         step.everyone = on
     if isinstance(step, ScriptStep) and not on:

@@ -126,6 +126,29 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
     return micro_step
 
 
+def make_forward(trainable: Trainable, spec: StepSpec, index: int = 0) -> Callable[..., Raw]:
+    """The forward pass and the loss of one batch, as ``make_micro_step`` has them; ``grads`` holds the divided, scaled loss itself,
+    of which somebody takes the gradients."""
+    sink, step = trainable.sink, trainable.step("train")
+    true_dtype, keep = TRUE_DTYPES.get(spec.precision), spec.keep_outputs
+
+    def forward_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None) -> Raw:
+        sink.items = []
+        if true_dtype is not None:
+            batch = cast_floats(batch, true_dtype)
+        with spec.autocast():
+            output = unwrapped(step(batch, batch_idx, index), sink, "train")
+        loss = loss_of(output)
+        items, sink.items = sink.items, None
+        if loss is None:
+            return Raw(None, (None,), items, detached(output) if keep else None)
+        scaled = loss if divisor is None else loss / divisor
+        scaled = scaled if scale is None else scaled * scale
+        return Raw(loss.detach(), (scaled,), items, detached(output) if keep else None)
+
+    return forward_step
+
+
 def gradients_of(
     loss: Tensor, params: tuple[Tensor, ...], leaves: int, gradient: Tensor | None = None, *, retain: bool | None = None
 ) -> tuple[Tensor | None, ...]:

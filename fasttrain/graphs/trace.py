@@ -32,13 +32,14 @@ class Trace:
 
     def __init__(
         self, function: Callable[..., Raw], own: tuple[Any, ...], spec: StepSpec, *, dynamic: bool, build: Build,
-        updates: bool = False,
+        updates: bool = False, recorded: bool = False,
     ) -> None:  # fmt: skip
+        self._recorded = recorded  # in a CUDA graph, which holds nothing but the device's own work
         self._updates = updates  # are optimizers moved inside the function?
         self._checks = not updates and spec.device.type == "cpu"  # may it fail in its middle? A device that does is lost
         self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change, the sink first
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
-        self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
+        self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "triton.cudagraphs": False}
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
         if build.loops and torch._inductor.config.post_grad_custom_pre_pass is None:
             self._patches["post_grad_custom_pre_pass"] = small_products()
@@ -99,6 +100,8 @@ class Trace:
             self._growing = entry.growing
             raise CaptureError("lists grow, and are lifted now")
         _refuse_frozen_floats(graph)
+        if self._recorded:
+            _refuse_elsewhere(graph, self._spec.device)
         self.count += 1
         self._unvalidated |= entry.unvalidated
         self._stood_in |= entry.stood_in
@@ -195,6 +198,14 @@ def _refuse_frozen_floats(graph: torch.fx.GraphModule) -> None:
             )
 
 
+def _refuse_elsewhere(graph: torch.fx.GraphModule, device: torch.device) -> None:
+    """A replay would go on with what the host computed, drew or held when the graph was recorded."""
+    for node in graph.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor) and value.device.type not in (device.type, "meta"):
+            raise CaptureError(f"the step computes on the {value.device.type}, which no graph of the {device.type} holds ({node.name})")
+
+
 def _as_it_was(effects: Any, variable: Any) -> bool:
     """Were all that the step wrote on this object constants that stood there before (a flag set and put back)?"""
     written = getattr(effects, "store_attr_mutations", {}).get(variable)
@@ -275,6 +286,7 @@ class Plan:
             raise LookupError("the step gives back something that is no output of its graph")
         self.loss = None if raw.loss is None else place[id(raw.loss)]
         self.values = _picker([place[id(v)] for v in values])
+        self.differentiated = next((place[id(g)] for g in raw.grads if g is not None), None)
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
         self.returned, read = _builder(raw.returned, place)
         self.do = entry.lifted.do
