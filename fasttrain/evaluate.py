@@ -99,7 +99,7 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     source.set_epoch(facade.progress.epoch)
     ahead = Lookahead(source.one_pass(), limit, source.total)
     foreign = (
-        transfer is not None
+        run.brings_itself()
         or run.foreign(f"on_{hook}_batch_start", f"on_{hook}_batch_end")
         or (eval_step.traced and run.reached_between_steps(source))
     )

@@ -94,9 +94,10 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     store, remember, clock = facade.train_store, display.recent.append, time.perf_counter
     window, total, batch_idx, divisor = options.window(progress.epoch), train.batches, progress.batches_done - 1, progress.divisor
     interval = _interval(run)
-    transfer, loggers, log_every = run.transfer(), facade.loggers, options.log_every_n_steps
+    staging = run.maker.staging if run.maker is not None else None
+    transfer, loggers, log_every = run.transfer(staging=staging), facade.loggers, options.log_every_n_steps
     starts, ends = run.live("on_train_batch_start", "on_batch_start"), run.live("on_train_batch_end", "on_batch_end", "training_epoch_end")
-    foreign = transfer is not None or run.foreign(
+    foreign = run.brings_itself() or run.foreign(
         "on_train_batch_start", "on_train_batch_end", "on_batch_start", "on_batch_end", "lr_scheduler_step"
     ) or run.reached_between_steps(train)  # fmt: skip
     by_step = [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau]
@@ -110,6 +111,8 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     if step is not None:
         step.refresh()
         step.epoch = progress.epoch
+    if staging is not None:
+        staging.fixed = run.step is not None and run.step.rung == "graph" and not (foreign or starts or ends)
     while not (facade.should_stop and granted(run)):
         batch = ahead()
         if batch is END:
@@ -137,6 +140,8 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         if step is None:
             step = _capture(run, batch)
             until = deadline(run)
+            if staging is not None:
+                staging.fixed = step.rung == "graph" and not (foreign or starts or ends)
         if progress.window_open == 0:
             progress.divisor = divisor = window_length(batch_idx, window, total) if window > 1 else 1
         progress.window_open += 1

@@ -19,6 +19,7 @@ from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
 from fasttrain.graphs.program import StepSpec
+from fasttrain.graphs.staging import Staging
 from fasttrain.graphs.step import Step
 from fasttrain.module import Trainable, overridden, to_device
 from fasttrain.options import Options
@@ -129,12 +130,18 @@ class Run:
         if self.spec.pending is not None:
             self.ledger.skipped_steps += self.spec.pending.settle()
 
-    def transfer(self, dataloader_idx: int = 0) -> Callable[[Any], Any] | None:
-        """What brings a batch to the device, the datamodule's own way before the module's; None when nobody has one and none is needed."""
+    def brings_itself(self) -> bool:
+        """Does somebody's own code bring batches to the device? It may change the module."""
+        return any(self._transfer_hook(h) is not None for h in TRANSFER_HOOKS)
+
+    def transfer(self, dataloader_idx: int = 0, staging: Staging | None = None) -> Callable[[Any], Any] | None:
+        """What brings a batch to the device, the datamodule's own way before the module's; None when nobody has one and none is needed.
+
+        ``staging``: what brings it where nobody has a way of his own."""
         sink, device = self.trainable.sink, self.spec.device
         before, to, after = (self._transfer_hook(h) for h in TRANSFER_HOOKS)
-        if device.type == "cpu" and not (before or to or after):
-            return None
+        if not (before or to or after):
+            return staging or (None if device.type == "cpu" else lambda batch: to_device(batch, device))
 
         def transfer(batch: Any) -> Any:
             was = sink.hook

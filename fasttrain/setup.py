@@ -28,6 +28,7 @@ from fasttrain.graphs.norms import GradientNorms
 from fasttrain.graphs.pending import Pending
 from fasttrain.graphs.program import TRUE_DTYPES, StepSpec
 from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.staging import Staging
 from fasttrain.hook_names import IN_STEP_HOOKS
 from fasttrain.loaders import open_loaders, restore
 from fasttrain.loggers.choice import make_loggers
@@ -189,12 +190,14 @@ def make_maker(run: Run) -> StepMaker:
     if run.spec.device.type != "cpu":
         raises = options.nonfinite == "raise" and not scaled
         run.spec = replace(run.spec, pending=Pending(lambda: facade.progress.batches_seen, raises=raises))
+    device = make_device(run)
     maker = StepMaker(
         trainable=trainable, spec=run.spec, optimizers=parsed.optimizers, options=options,
         scaler=LossScale(run.spec.device, alone=alone) if scaled else None,
         hooks=hooks,
         say=run.display.line, frequencies=parsed.frequencies, schedulers=schedulers, verbs=run.verbs,
-        device=make_device(run), seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
+        device=device, staging=None if device is None else Staging(device, run.spec.device),
+        seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
     )  # fmt: skip
     if trainable.form == "manual":
         run.verbs.acts = maker.manual()  # hooks before the first batch may use them

@@ -17,6 +17,7 @@ from fasttrain.errors import CaptureError, DataError, FasttrainError
 from fasttrain.graphs import decisions
 from fasttrain.graphs.contract import copied, describe
 from fasttrain.graphs.cut import LEAST_OPS, CutFunction
+from fasttrain.graphs.device_tail import DeviceTail
 from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
 from fasttrain.graphs.look import first_part, look, other_gradients, toggles_are_local
 from fasttrain.graphs.maker import StepMaker, cut_functions, tried
@@ -119,6 +120,9 @@ def _tail_name(maker: StepMaker) -> str:
         hooked = maker.trainable.form in ("single", "indexed") and maker.in_pieces(i)
         around = sorted(maker.hooks.live & AROUND)
         around += ["gradient hooks"] * bool(gradient_hooks(maker.trainable.module))
+        if maker.device is not None and not hooked and DeviceTail.obstacle(optimizer, trainable_params(optimizer)) is None:
+            names.append("fused Triton")
+            continue
         fused = "fused native" + (f" behind a captured piece; around it: {', '.join(around)}" if hooked and around else "")
         names.append(fused if why_not is None else f"torch ({why_not})")
     return " | ".join(dict.fromkeys(names)) or "none"

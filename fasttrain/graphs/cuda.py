@@ -14,12 +14,14 @@ from torch import Tensor
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.buckets import Buckets
+from fasttrain.graphs.contract import copied
 from fasttrain.graphs.device import Device, Graph
-from fasttrain.graphs.device_tail import DeviceTail
+from fasttrain.graphs.device_tail import DeviceTail, Moved
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, keys_and_values, make_forward
 from fasttrain.graphs.recorded import Moment, Recorded, Rest
 from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.staging import Staging
 from fasttrain.graphs.tail import Tail, frozen, make_tail, still_moved, trainable_params
 from fasttrain.graphs.trace import Plan
 from fasttrain.graphs.traced import TracedCall
@@ -44,10 +46,10 @@ class GraphStep:
 
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options,
-        scaler: LossScale | None, index: int = 0, *, build: Build, device: Device,
+        scaler: LossScale | None, index: int = 0, *, build: Build, device: Device, staging: Staging | None = None,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
-        self._scaler, self._index, self._device = scaler, index, device
+        self._scaler, self._index, self._device, self._staging = scaler, index, device, staging
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
         accumulates = max(options.accumulate_grad_batches.values()) > 1
         self.epoch = 0
@@ -75,7 +77,8 @@ class GraphStep:
         self._open(Moment(self.whole and self._fused is not None and first and last and divisor == opened == 1, self._before(first)))
         out = call.plan(batch) if call.plan is not None and not call.dirty else None
         if out is None:
-            out = call.guarded(batch, batch_idx)
+            # The module's own code may run on it and keep it: not on a slot's memory, which later batches overwrite.
+            out = call.guarded(copied(batch) if self._staging is not None and self._staging.fixed else batch, batch_idx)
         return out if self._finished else self._finish_here(out)
 
     def update_step(self, rescale: float) -> int:
@@ -111,12 +114,12 @@ class GraphStep:
         """The backward pass and where its gradients go; a whole step's update."""
         grads = self._gradients_of(scaled)
         if not moment.whole:
-            return Rest(self._window.put(grads, loss.detach(), moment.before), ())
+            return Rest(self._window.put(grads, loss.detach(), moment.before), None)
         assert self._fused is not None
         if recording:
             return Rest((), self._fused.launch(grads, loss.detach()))
         self._fused.step(grads, 1.0, loss.detach())
-        return Rest((), ())
+        return Rest((), None)
 
     def before_replay(self, moment: Moment) -> None:
         if moment.whole:
@@ -127,7 +130,7 @@ class GraphStep:
         self._finished, self._updated = True, moment.whole
         if not moment.whole:
             self._window.present = rest.present
-        elif rest.moved:
+        elif rest.moved is not None:
             assert self._fused is not None
             self._fused.after(rest.moved)
 
@@ -183,23 +186,20 @@ class GraphStep:
         window = self._window
         update = self._updates[window.present]
         if update is None:
-            grads, moved = window.given(), list[int]()
-
-            def work() -> None:
-                moved[:] = fused.launch(grads, window.loss)
-
+            grads, launched = window.given(), list[Moved]()
             try:
-                update = self._updates[window.present] = (self._device.record(work), moved)
+                graph = self._device.record(lambda: launched.append(fused.launch(grads, window.loss)))
+                update = self._updates[window.present] = (graph, launched)
             except CaptureError as error:
                 if self.trial:
                     raise
                 self.refused(error)
                 self._fused = None
                 return fused.step(grads, rescale, window.loss)
-        graph, moved = update
+        graph, launched = update
         fused.before_replay(rescale)
         graph.replay()
-        return fused.after(moved)
+        return fused.after(launched[-1])
 
     def _say_divisor(self, divisor: int) -> None:
         if divisor != self._divisor_value:
@@ -214,7 +214,7 @@ class GraphStep:
         self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler, self._spec.norms, self._spec.pending)
         tail = self.tail
         self._fused = tail if isinstance(tail, DeviceTail) and tail.captures else None
-        self._updates: dict[Present, tuple[Graph, list[int]] | None] = {}
+        self._updates: dict[Present, tuple[Graph, list[Moved]] | None] = {}
         self._window = WindowGradients(self.params, self._spec.device)
 
     def _recheck(self) -> None:

@@ -38,8 +38,13 @@ def key_for(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], batc
         platform.processor(),
         os.cpu_count(),
         torch.get_num_threads(),
+        *sorted({_device_name(p.device) for p in module.parameters()} - {"cpu"}),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def recall(key: str) -> dict[str, Any] | None:

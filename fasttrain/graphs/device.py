@@ -55,6 +55,12 @@ class Device(Protocol):
 
     def event(self) -> Event: ...
 
+    def holds(self, t: Tensor) -> bool:
+        """Is it there already?"""
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        """In the current stream; the host does not wait."""
+
     def landing(self, like: Tensor) -> Tensor:
         """Memory of the device of this shape, strides and dtype."""
 
@@ -132,6 +138,12 @@ class CudaDevice:
     def event(self) -> Event:
         event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         return event
+
+    def holds(self, t: Tensor) -> bool:
+        return t.device == self._device
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        to.copy_(source, non_blocking=True)
 
     def landing(self, like: Tensor) -> Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device)

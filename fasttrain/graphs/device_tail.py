@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from fasttrain.graphs.scale import LossScale
 from fasttrain.kernels.triton_plan import FLOATS
 from fasttrain.kernels.triton_tail import TritonTail
 from fasttrain.options import Options
+
+
+class Moved(NamedTuple):
+    """One update within a graph."""
+
+    there: Sequence[int]  # the parameters that have a gradient
+    tables: object  # that its kernels walk: they must live as long as the graph
 
 
 class DeviceTail:
@@ -67,31 +75,32 @@ class DeviceTail:
         """One update, launched."""
         self._set_rescale(rescale)
         if self._norms is not None and self._each is None:
-            self._norms(self._params, grads, rescale if self._scaler is None else rescale / self._scaler.value)
+            self._measure(grads, rescale)
         return self.after(self.launch(grads, loss))
 
-    def launch(self, grads: Sequence[Tensor | None], loss: Tensor | None) -> list[int]:
-        """The kernels alone: what a graph records. Gives back which parameters have a gradient, for ``after``."""
+    def launch(self, grads: Sequence[Tensor | None], loss: Tensor | None) -> Moved:
+        """The kernels alone: what a graph records. What comes back is for ``after``, and lives as long as the graph."""
         if loss is not None and loss.dtype not in FLOATS:
             loss = loss.float()
         # The loss scale goes by the gradients alone, as torch's does.
-        self._triton.step(
+        tables = self._triton.step(
             grads, max_norm=self._max_norm, clip_value=self._clip_value, grad_scale=self._rescale,
             loss=loss if self._scaler is None else None, check=self._check, norms_out=self._each, sticky=self._sticky,
+            transient=True,
         )  # fmt: skip
-        return [i for i, g in enumerate(grads) if g is not None]
+        return Moved([i for i, g in enumerate(grads) if g is not None], tables)
 
     def before_replay(self, rescale: float) -> None:
         """Writes what has changed on the host since the last one: hyperparameters, tables of a new capture."""
         self._set_rescale(rescale)
         self._triton.sync()
 
-    def after(self, there: Sequence[int]) -> bool:
-        """An update was launched or replayed, over these parameters."""
+    def after(self, moved: Moved) -> bool:
+        """An update was launched or replayed."""
         if self._verdicts is None:
-            return self._judged(there)
+            return self._judged(moved.there)
         if self._each is not None:
-            self._tell_norms(self._each, there)
+            self._tell_norms(self._each, moved.there)
         self._verdicts.updated()
         return True
 
@@ -106,6 +115,13 @@ class DeviceTail:
         if rescale != self._sent:
             self._rescale.fill_(rescale)
             self._sent = rescale
+
+    def _measure(self, grads: Sequence[Tensor | None], rescale: float) -> None:
+        """Norms that the kernels' one pass does not give. Host read, of a loss scale."""
+        assert self._norms is not None
+        if self._scaler is not None:
+            self._scaler.read()
+        self._norms(self._params, grads, rescale if self._scaler is None else rescale / self._scaler.value)
 
     def _judged(self, there: Sequence[int]) -> bool:
         """Host read: several optimizers share one loss scale, which moves once for all of them."""

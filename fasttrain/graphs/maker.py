@@ -26,6 +26,7 @@ from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.scale import LossScale
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.splits import SplitStep, splitter
+from fasttrain.graphs.staging import Staging
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import trainable_params
 from fasttrain.graphs.turns import Turns
@@ -52,6 +53,7 @@ class StepMaker:
     seen: Callable[[], int] = lambda: 0  # batches of the fit before this one
     workers: int = 0  # loader processes that want a core
     device: Device | None = None  # what records graphs; None where there is nothing of the kind
+    staging: Staging | None = None  # what brings batches to it
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
 
     def eager(self) -> Step:
@@ -136,7 +138,7 @@ class StepMaker:
         given = (self.trainable, self.spec, optimizer, self.options, self.scaler, i)
         if graph and not build.joint:
             assert self.device is not None
-            return GraphStep(*given, build=build, device=self.device)
+            return GraphStep(*given, build=build, device=self.device, staging=self.staging)
         return CompileStep(*given, build=build, device=self.device if graph else None)
 
     def _cut_one(self, i: int, build: Build) -> Step:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.device import Device, Graph
+from fasttrain.graphs.device_tail import Moved
 from fasttrain.graphs.replay import WARM_CALLS, Slots
 from fasttrain.graphs.window import Present
 
@@ -29,7 +30,7 @@ class Rest(NamedTuple):
     """What a micro-step came to, but for the tensors."""
 
     present: Present  # gradients after it
-    moved: Sequence[int]  # parameters that its update moved, where it has one
+    moved: Moved | None  # by its update, where a graph holds one
 
 
 class Owner(Protocol):
@@ -81,11 +82,12 @@ class Recorded:
         self._owner, self._device = owner, device
         self._recordings: dict[Moment, _Recording] = {}
         self._warm, self._failed = 0, False
+        self._met: set[Moment] = set()  # of which there was a real one: whatever it launches is loaded
 
     def __call__(self, *args: Any) -> list[Any]:
         owner, moment = self._owner, self._owner.moment
         recording = self._recordings.get(moment)
-        if recording is None and self._warm >= WARM_CALLS and not self._failed:
+        if recording is None and self._warm >= WARM_CALLS and moment in self._met and not self._failed:
             recording = self._record(args, moment)
         if recording is None:
             return self._as_it_is(args, moment)
@@ -97,6 +99,7 @@ class Recorded:
     def forget(self) -> None:
         """The graphs die; the compiled code stays, and warms up anew."""
         self._recordings.clear()
+        self._met.clear()
         self._warm, self._failed = 0, False
 
     @property
@@ -113,8 +116,15 @@ class Recorded:
                     outs, rest = self._once(args, moment, recording=False)
             else:
                 outs, rest = self._once(args, moment, recording=False)
+            self._packed(outs)  # loads what it takes
+        self._met.add(moment)
         self._owner.finished(moment, rest)
         return outs
+
+    def _packed(self, outs: Sequence[Any]) -> tuple[Tensor | None, list[int]]:
+        """The 0-d numbers that somebody reads as one tensor, and which they are."""
+        small = [i for i in self._read if outs[i].dim() == 0 and outs[i].dtype == torch.float32]
+        return torch.stack([outs[i] for i in small]) if small else None, small
 
     def _once(self, args: Sequence[Any], moment: Moment, *, recording: bool) -> tuple[list[Any], Rest]:
         outs = list(self._run(*args))
@@ -128,9 +138,9 @@ class Recorded:
 
         def work() -> tuple[Tensor | None, list[Any]]:
             outs, rest = self._once(static.args, moment, recording=True)
-            small = [i for i in self._read if outs[i].dim() == 0 and outs[i].dtype == torch.float32]
+            packed, small = self._packed(outs)
             done.append((rest, small))
-            return torch.stack([outs[i] for i in small]) if small else None, outs
+            return packed, outs
 
         try:
             graph = self._device.record(work)

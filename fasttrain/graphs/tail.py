@@ -149,6 +149,8 @@ class StockTail:
         scaler, options = self._scaler, self._options
         params = [p for group in self._optimizer.param_groups for p in group["params"]]  # anew: layers may be unfrozen
         present = [p.grad for p in params if p.grad is not None]
+        if scaler is not None and scaler.lent:  # kernels had it before
+            scaler.read()
         factor = rescale if scaler is None else rescale / scaler.value
         if factor != 1.0 and present:
             torch._foreach_mul_(present, factor)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from fasttrain.errors import CaptureError
-from fasttrain.graphs.device_tail import DeviceTail
+from fasttrain.graphs.device_tail import DeviceTail, Moved
 from fasttrain.graphs.tail import StockTail
 
 
@@ -63,6 +63,7 @@ class FakeDevice:
         self.refuse = ""
         self.stream = "main"
         self.watching = self.closed = False
+        self.landed: list[Tensor] = []
         self._events = 0
 
     def record(self, work: Callable[[], Any]) -> FakeGraph:
@@ -99,9 +100,19 @@ class FakeDevice:
         return FakeEvent(self, self._events)
 
     def landing(self, like: Tensor) -> Tensor:
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        self.landed.append(made)  # kept, so that no other has its address
+        return made
+
+    def pinned(self, like: Tensor) -> Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
 
-    pinned = landing
+    def holds(self, t: Tensor) -> bool:
+        return any(t is made for made in self.landed)
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        self.log.append(("copy", to.data_ptr(), self.stream))
+        to.copy_(source)
 
     def close(self) -> None:
         self.closed = True
@@ -120,9 +131,9 @@ class FakeTail(DeviceTail):
     def __init__(self, optimizer: Any, params: Any, options: Any, scaler: Any, norms: Any = None, pending: Any = None) -> None:
         self._stock, self._rescale, self.ready = StockTail(optimizer, params, options, scaler), 1.0, False
 
-    def launch(self, grads: Sequence[Tensor | None], loss: Tensor | None) -> list[int]:
+    def launch(self, grads: Sequence[Tensor | None], loss: Tensor | None) -> Moved:
         self._stock.step([None if g is None else g.clone() for g in grads], self._rescale, loss)
-        return [i for i, g in enumerate(grads) if g is not None]
+        return Moved([i for i, g in enumerate(grads) if g is not None], None)
 
     def before_replay(self, rescale: float) -> None:
         self._rescale = rescale
@@ -132,7 +143,7 @@ class FakeTail(DeviceTail):
         self.launch(grads, loss)
         return True
 
-    def after(self, there: Sequence[int]) -> bool:
+    def after(self, moved: Moved) -> bool:
         return True
 
     def refresh(self) -> None:
