@@ -99,7 +99,7 @@ class _Column:
         stacked = _stacked(values)
         fx = self.key.reduce_fx
         if fx == "mean":
-            w = torch.tensor(weights, dtype=torch.float64, device=stacked.device)
+            w = torch.tensor(weights, dtype=torch.float64).to(stacked.device, non_blocking=True)
             part, self.weight = (stacked * w).sum(), self.weight + sum(weights)
         elif fx == "sum":
             part = stacked.sum()
