@@ -125,8 +125,15 @@ class Run:
         loaders = [p.loader for p in source.parts if p.road != "tensors"] if source is not None else []
         return reaches([*loaders, lambdas], targets)
 
+    def flush(self) -> None:
+        """Before anybody looks: steps that wait for others of their launch run now, and what they logged is there."""
+        launches = self.maker.launches if self.maker is not None else None
+        for out in launches.flush() if launches is not None else ():
+            self.facade.train_store.append(out.keys, out.values, out.batch_size)
+
     def settle(self) -> None:
         """Where the run stops anyway: what a device has decided and nobody has waited for. Raises NonFiniteError."""
+        self.flush()
         if self.spec.pending is not None:
             self.ledger.skipped_steps += self.spec.pending.settle()
 

@@ -22,6 +22,7 @@ from fasttrain.errors import DataError, FasttrainWarning, ModuleError, OptionErr
 from fasttrain.facade import TrainerFacade
 from fasttrain.graphs.device import CudaDevice, Device
 from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.launches import Launches
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
 from fasttrain.graphs.norms import GradientNorms
@@ -191,12 +192,16 @@ def make_maker(run: Run) -> StepMaker:
         raises = options.nonfinite == "raise" and not scaled
         run.spec = replace(run.spec, pending=Pending(lambda: facade.progress.batches_seen, raises=raises))
     device = make_device(run)
+    if device is None and options.steps_per_launch > 1:
+        wanted = f"1 on a {run.spec.device.type}, which has no launches to save"
+        raise OptionError(reject("steps_per_launch", options.steps_per_launch, wanted, "Leave it out."))
     maker = StepMaker(
         trainable=trainable, spec=run.spec, optimizers=parsed.optimizers, options=options,
         scaler=LossScale(run.spec.device, alone=alone) if scaled else None,
         hooks=hooks,
         say=run.display.line, frequencies=parsed.frequencies, schedulers=schedulers, verbs=run.verbs,
         device=device, staging=None if device is None else Staging(device, run.spec.device),
+        launches=None if device is None or options.steps_per_launch == 1 else Launches(options.steps_per_launch),
         seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
     )  # fmt: skip
     if trainable.form == "manual":

@@ -18,6 +18,7 @@ from fasttrain.graphs.contract import copied
 from fasttrain.graphs.device import Device, Graph
 from fasttrain.graphs.device_tail import DeviceTail, Moved
 from fasttrain.graphs.explain import obstacle_from
+from fasttrain.graphs.launches import Launches
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, keys_and_values, make_forward
 from fasttrain.graphs.recorded import Moment, Recorded, Rest
 from fasttrain.graphs.scale import LossScale
@@ -47,9 +48,16 @@ class GraphStep:
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options,
         scaler: LossScale | None, index: int = 0, *, build: Build, device: Device, staging: Staging | None = None,
+        launches: Launches | None = None,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
         self._scaler, self._index, self._device, self._staging = scaler, index, device, staging
+        self._launches = launches or Launches(1)
+        self._launches.flushed = self.flush
+        self.together = 1
+        self._waiting: tuple[Recorded, Plan, Moment] | None = None  # whose steps wait
+        self._waits = False  # does this one?
+        self._earlier: list[StepOutput] = []  # of steps that were launched with this one
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
         accumulates = max(options.accumulate_grad_batches.values()) > 1
         self.epoch = 0
@@ -75,11 +83,30 @@ class GraphStep:
             self._recheck()
         call.count += 1
         self._open(Moment(self.whole and self._fused is not None and first and last and divisor == opened == 1, self._before(first)))
-        out = call.plan(batch) if call.plan is not None and not call.dirty else None
+        out = None
+        if call.plan is not None and not call.dirty:
+            self.together = self._launches.n if self._launches.open and call.plan.returned is None and not call.plan.work else 1
+            out = call.plan(batch)
+            self.together = 1
         if out is None:
+            self._earlier += self.flush()
             # The module's own code may run on it and keep it: not on a slot's memory, which later batches overwrite.
             out = call.guarded(copied(batch) if self._staging is not None and self._staging.fixed else batch, batch_idx)
-        return out if self._finished else self._finish_here(out)
+        if self._waits:
+            return StepOutput(None, (), (), None, None)  # it is told with a later one
+        out = out if self._finished else self._finish_here(out)
+        if self._earlier:
+            out, self._earlier = out._replace(earlier=self._earlier), []
+        return out
+
+    def flush(self) -> list[StepOutput]:
+        """Steps that wait for others run now: what came of them."""
+        if self._waiting is None:
+            return []
+        (recorded, plan, moment), self._waiting = self._waiting, None
+        told = [_told(plan, outs) for outs in recorded.flush(moment)]
+        self._finished = self._updated = False  # that was theirs
+        return told
 
     def update_step(self, rescale: float) -> int:
         """The fused update, replayed where it can be: 1; REFUSED by an update that the host judges."""
@@ -134,6 +161,19 @@ class GraphStep:
             assert self._fused is not None
             self._fused.after(rest.moved)
 
+    def prepare(self, n: int) -> None:
+        if self._fused is not None:
+            self._fused.prepare(n)
+
+    def waits(self, recorded: Recorded) -> None:
+        assert self.call.plan is not None
+        self._waiting, self._waits, self._updated = (recorded, self.call.plan, self.moment), True, True
+
+    def launched(self, earlier: Sequence[list[Any]]) -> None:
+        assert self.call.plan is not None
+        self._waiting = None
+        self._earlier += [_told(self.call.plan, outs) for outs in earlier]
+
     def refused(self, error: CaptureError) -> None:
         self._found.append(obstacle_from(error))
 
@@ -142,7 +182,7 @@ class GraphStep:
         return () if first else self._window.present or (False,) * len(self.params)
 
     def _open(self, moment: Moment) -> None:
-        self.moment, self._finished, self._updated = moment, False, False
+        self.moment, self._finished, self._updated, self._waits = moment, False, False, False
         if not moment.whole:
             self._window.make()
             self._window.open = True
@@ -280,6 +320,11 @@ class GraphStep:
         raw = self.call.untraced(batch, batch_idx)
         self._open(Moment(False, self._before(first)))
         return self._finish_here(StepOutput(raw.loss, *keys_and_values(raw.items), raw.returned, raw.grads))
+
+
+def _told(plan: Plan, outs: Sequence[Any]) -> StepOutput:
+    loss = None if plan.loss is None else outs[plan.loss]
+    return StepOutput(loss, plan.keys, plan.values(outs), None, None, plan.batch_size)
 
 
 def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:

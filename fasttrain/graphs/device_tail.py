@@ -90,6 +90,10 @@ class DeviceTail:
         )  # fmt: skip
         return Moved([i for i, g in enumerate(grads) if g is not None], tables)
 
+    def prepare(self, n: int) -> None:
+        """So many updates will be recorded before the next replay."""
+        self._triton.sync(captures=n)
+
     def before_replay(self, rescale: float) -> None:
         """Writes what has changed on the host since the last one: hyperparameters, tables of a new capture."""
         self._set_rescale(rescale)

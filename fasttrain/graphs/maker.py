@@ -20,6 +20,7 @@ from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.explain import AROUND, gradient_hooks
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.launches import Launches
 from fasttrain.graphs.manual import ManualStep, Verbs
 from fasttrain.graphs.pieces import CutStep, PiecedStep
 from fasttrain.graphs.program import StepSpec
@@ -54,6 +55,7 @@ class StepMaker:
     workers: int = 0  # loader processes that want a core
     device: Device | None = None  # what records graphs; None where there is nothing of the kind
     staging: Staging | None = None  # what brings batches to it
+    launches: Launches | None = None  # steps that wait for others
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
 
     def eager(self) -> Step:
@@ -138,7 +140,8 @@ class StepMaker:
         given = (self.trainable, self.spec, optimizer, self.options, self.scaler, i)
         if graph and not build.joint:
             assert self.device is not None
-            return GraphStep(*given, build=build, device=self.device, staging=self.staging)
+            launches = self.launches if len(self.optimizers) == 1 else None
+            return GraphStep(*given, build=build, device=self.device, staging=self.staging, launches=launches)
         return CompileStep(*given, build=build, device=self.device if graph else None)
 
     def _cut_one(self, i: int, build: Build) -> Step:

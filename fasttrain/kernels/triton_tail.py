@@ -67,7 +67,7 @@ class TritonTail:
         self._knobs: tuple[float, ...] = (1.0, math.inf, math.inf)
         self._kept_captures: list[Binding] = []  # that graphs go on reading: they live as long as this tail
         self._captures: list[ref[Binding]] = []  # these, and those that somebody else keeps
-        self._spare: Tables | None = None
+        self._spares: list[Tables] = []
         self._transient = False
         self._loaded: set[tuple[Any, ...]] = set()  # kernels that have run: loading one inside a capture would end it
         self._table = torch.empty(0)
@@ -120,10 +120,10 @@ class TritonTail:
         for binding in self._captured():
             self._follow(binding)
 
-    def _make_spare(self) -> None:
-        """Tables for the next capture, made before it."""
-        if self._spare is None:
-            self._spare = make_tables([param.numel() for param in self._params], self.device)
+    def _make_spare(self, n: int = 1) -> None:
+        """Tables for the next captures, made before them."""
+        while len(self._spares) < n:
+            self._spares.append(make_tables([param.numel() for param in self._params], self.device))
 
     def _follow(self, binding: Binding) -> None:
         """Has a captured graph read state where it lies now; its gradients stay where they were."""
@@ -246,11 +246,14 @@ class TritonTail:
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def sync(self) -> None:
-        """Takes over hyperparameters that changed and tables that a capture left to be written: before every replay."""
+    def sync(self, *, captures: int = 1) -> None:
+        """Takes over hyperparameters that changed and tables that a capture left to be written: before every replay.
+
+        `captures`: so many steps may be captured before the next call.
+        """
         self._reread(self._live())
         self._upload()
-        self._make_spare()
+        self._make_spare(captures)
         for binding in self._captured():
             binding.upload()
 
@@ -292,10 +295,9 @@ class TritonTail:
         if self._binding is not None and not capturing and layout_of(rows) == self._binding.layout:
             self._binding.pending.append((self._binding.rows, cells_of(rows, len(self._params))))
         else:
-            tables, self._spare = self._spare, None
-            if tables is None:
+            if not self._spares:
                 raise KernelError(reject("capture", "a second one at once", "sync() between two", "Call sync() after each capture."))
-            binding = make_binding(rows, tables)
+            binding = make_binding(rows, self._spares.pop())
             if capturing:
                 binding.held = [t for row in rows for t in self._kept[row.index]]
                 if not self._transient:

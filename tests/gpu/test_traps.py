@@ -286,6 +286,28 @@ def test_weights_that_move_and_freeze() -> None:
         assert torch.allclose(x, y, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_several_steps_in_a_launch(precision: str) -> None:
+    """steps_per_launch=4: the bits of one step a launch, dropout masks and logged means included."""
+
+    class Steady(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    ends = []
+    for n in (1, 4):
+        torch.manual_seed(1)
+        module = Steady(0.3)
+        torch.manual_seed(2)
+        given: dict[str, Any] = {**QUIET, "capture": "graph", "max_epochs": 3, "precision": precision}
+        result = fasttrain.compile_fit(module, steps_per_launch=n, **given).fit(batches(11))
+        ends.append((module, result.metrics, result.capture.obstacles))
+    assert ends[1][2] == []
+    assert ends[0][1] == ends[1][1]
+    for x, y in zip(ends[0][0].parameters(), ends[1][0].parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_verify_agrees() -> None:
     """Captured gradients and fused updates beside eager ones."""
     for options in ({}, {"accumulate_grad_batches": 3}, {"precision": "bf16-mixed"}):

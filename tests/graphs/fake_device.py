@@ -135,6 +135,9 @@ class FakeTail(DeviceTail):
         self._stock.step([None if g is None else g.clone() for g in grads], self._rescale, loss)
         return Moved([i for i, g in enumerate(grads) if g is not None], None)
 
+    def prepare(self, n: int) -> None:
+        pass
+
     def before_replay(self, rescale: float) -> None:
         self._rescale = rescale
 

@@ -219,6 +219,67 @@ def test_resumed_in_mid_window(device: FakeDevice, tmp_path: Any) -> None:  # no
         assert torch.equal(value, ends[1][name]), name
 
 
+class Steady(Net):
+    """No schedule moves between its steps."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"log_every_n_steps": 5, "logger": True}], ids=str)
+def test_several_steps_in_a_launch(options: dict[str, Any], device: FakeDevice, tmp_path: Any) -> None:  # noqa: F811
+    """Every step's own batch, mask, update and logged values; what is left at an epoch's end runs one by one."""
+    ends = []
+    for n in (1, 4):
+        torch.manual_seed(1)
+        module = Steady()
+        torch.manual_seed(2)
+        device.log.clear()
+        given = {**QUIET, "capture": "graph", "max_epochs": 3, "default_root_dir": tmp_path / str(n), **options}
+        result = fasttrain.compile_fit(module, steps_per_launch=n, **given).fit(batches([8] * 11), batches([8]))
+        ends.append((module.state_dict(), result.metrics, result.steps))
+        launches = device.count("replay")
+    assert launches <= 1 + 2 * (2 + 3) + 4 + 12  # the trial's, two launches and three leftovers an epoch, and what logging flushed
+    for name, value in ends[0][0].items():
+        assert torch.equal(value, ends[1][0][name]), name
+    assert ends[0][1:] == ends[1][1:]
+
+
+def test_launches_and_shapes(device: FakeDevice) -> None:  # noqa: F811
+    """A batch of another shape comes while steps wait: they run first."""
+    same(batches([8, 8, 8, 8, 8, 8, 5, 8, 8, 5, 8, 5, 8, 5, 5, 8]), Steady, max_epochs=3, steps_per_launch=1)
+    torch.manual_seed(1)
+    found = []
+    for n in (1, 3):
+        torch.manual_seed(1)
+        module = Steady()
+        torch.manual_seed(2)
+        data = batches([8, 8, 8, 8, 8, 8, 5, 8, 8, 5, 8, 5, 8, 5, 5, 8])
+        result = fasttrain.compile_fit(module, capture="graph", max_epochs=3, steps_per_launch=n, **QUIET).fit(data)
+        found.append((module.state_dict(), result.metrics))
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(v, found[1][0][k]) for k, v in found[0][0].items())
+
+
+def test_launches_are_left_where_something_comes_between(device: FakeDevice, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """A schedule that moves at every step: said in a line, and the run is as without."""
+    torch.manual_seed(1)
+    options = {**QUIET, "enable_progress_bar": True}
+    fasttrain.compile_fit(Net(), capture="graph", max_epochs=1, steps_per_launch=4, **options).fit(batches([8] * 9))
+    captured = capsys.readouterr()
+    assert "steps_per_launch=4 has no effect: a schedule moves" in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"capture": "compile"}, "graph rung"), ({"accumulate_grad_batches": 2}, "whole steps"), ({}, "no launches to save")],
+)
+def test_launches_that_cannot_be(given: dict[str, Any], message: str) -> None:
+    """Refused at the door, with a sentence."""
+    with pytest.raises(fasttrain.OptionError, match=message):
+        fasttrain.compile_fit(Net(), steps_per_launch=2, accelerator="cpu", **QUIET, **given).fit(batches([8]))
+
+
 def test_inductor_partitions_it(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """The real compiler behind it, backward and all."""
     monkeypatch.undo()
