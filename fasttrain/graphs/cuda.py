@@ -141,7 +141,7 @@ class GraphStep:
         """The backward pass and where its gradients go; a whole step's update."""
         grads = self._gradients_of(scaled)
         if not moment.whole:
-            return Rest(self._window.put(grads, loss.detach(), moment.before), None)
+            return Rest(self._window.put(grads, loss.detach().reshape(()), moment.before), None)
         assert self._fused is not None
         if recording:
             return Rest((), self._fused.launch(grads, loss.detach()))

@@ -16,7 +16,8 @@ class WindowGradients:
     def __init__(self, params: Sequence[Tensor], device: torch.device) -> None:
         self._params = params
         self.static: list[Tensor] = []
-        self.loss = torch.zeros((), device=device)  # the window's losses' sum: not finite when one of them is not
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+        self.loss = torch.zeros((), device=device, dtype=dtype)  # the window's losses' sum: not finite when one of them is not
         self.present: Present = ()
         self.open = False
 

@@ -156,6 +156,16 @@ def test_a_batch_without_a_loss(device: FakeDevice) -> None:  # noqa: F811
     same(batches([8, 8, 5, 8, 8, 8, 5, 8]), Passes, accumulate_grad_batches=2)
 
 
+def test_a_loss_of_one_element(device: FakeDevice) -> None:  # noqa: F811
+    """Shape [1], in windows."""
+
+    class Shaped(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx).reshape(1)
+
+    same(batches([8] * 6), Shaped, accumulate_grad_batches=2)
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_verified(accumulate: int, device: FakeDevice) -> None:  # noqa: F811
     """verify=n looks at gradients between, and finds no difference."""
@@ -176,6 +186,33 @@ def test_a_capture_that_fails_goes_to_the_next_rung(device: FakeDevice, monkeypa
     result, _ = train("auto", batches([8] * 6), deterministic=True)
     assert result.capture.rung == "compile"
     assert "not permitted" in str(result.capture.obstacles[0])
+
+
+def test_auto_measures_it(device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:  # noqa: F811
+    """Gradients compared, steps timed with their graphs, everything put back: then the run is the eager one's."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("fasttrain.graphs.capture.SAVING", 1e9)
+    monkeypatch.setattr("fasttrain.graphs.capture._time", _counted_time(monkeypatch))
+    eager, a = train("eager", batches([8] * 9))
+    result, b = train("auto", batches([8] * 9))
+    assert result.capture.rung == "graph", result.capture.why
+    assert "captured/1" in result.capture.timings_us
+    assert eager.steps == result.steps
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def _counted_time(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The real measuring, whose outcome is that the captured step wins."""
+    from fasttrain.graphs import capture
+
+    real = capture._time
+
+    def time(maker: Any, step: Any, *args: Any) -> float:
+        real(maker, step, *args)
+        return 1.0 if step.rung == "eager" else 0.1
+
+    return time
 
 
 def test_a_later_capture_that_fails(device: FakeDevice) -> None:  # noqa: F811
