@@ -5,6 +5,7 @@ Not yet run on a GPU: written from torch's documentation and source.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
@@ -89,7 +90,8 @@ class CudaDevice:
         for generator in self._generators():
             if generator.device.type == "cuda":
                 graph.register_generator_state(generator)
-        here, first = torch.cuda.current_stream(self._device), None
+        here, first, collects = torch.cuda.current_stream(self._device), None, gc.isenabled()
+        gc.disable()  # a graph that dies within a capture of another
         try:
             # thread_local: a loader's pinning thread may go on using the device.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -101,6 +103,9 @@ class CudaDevice:
         except Exception as error:
             self._recover(here)
             raise CaptureError(f"the capture failed: {first or error}") from (first or error)
+        finally:
+            if collects:
+                gc.enable()
         recorded = _CudaGraph(graph, outs)
         self._graphs.add(recorded)
         return recorded
@@ -119,9 +124,11 @@ class CudaDevice:
         # What is allocated within needs no record_stream: the stream's next work waits for all that was given to ``here`` by then.
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            yield
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            here.wait_stream(self._stream)
 
     def copying(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._copies)

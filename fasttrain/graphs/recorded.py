@@ -83,7 +83,7 @@ def copied_out(packed: Tensor | None, static: Sequence[Any], small: Sequence[int
         for i, value in zip(small, packed.clone().unbind(), strict=True):
             outs[i] = value
     for i in read:
-        if i not in small:
+        if i not in small and isinstance(outs[i], Tensor):
             outs[i] = outs[i].clone()
     return outs
 
@@ -99,6 +99,7 @@ class Recorded:
         self._owner, self._device = owner, device
         self._recordings: dict[Moment, _Recording] = {}
         self._warm, self._failed = 0, False
+        self._inputs: Slots | None = None  # every moment's: replays follow one another
         self._queue: Queue | None = None
         self._alone = False  # several steps could not be recorded in one graph
         self._met: set[Moment] = set()  # of which there was a real one: whatever it launches is loaded
@@ -168,7 +169,7 @@ class Recorded:
         """The graphs die; the compiled code stays, and warms up anew."""
         self._recordings.clear()
         self._met.clear()
-        self._queue = None
+        self._inputs = self._queue = None
         self._warm, self._failed = 0, False
 
     @property
@@ -192,7 +193,7 @@ class Recorded:
 
     def _packed(self, outs: Sequence[Any]) -> tuple[Tensor | None, list[int]]:
         """The 0-d numbers that somebody reads as one tensor, and which they are."""
-        small = [i for i in self._read if outs[i].dim() == 0 and outs[i].dtype == torch.float32]
+        small = [i for i in self._read if isinstance(o := outs[i], Tensor) and o.dim() == 0 and o.dtype == torch.float32]
         return torch.stack([outs[i] for i in small]) if small else None, small
 
     def _once(self, args: Sequence[Any], moment: Moment, *, recording: bool) -> tuple[list[Any], Rest]:
@@ -209,7 +210,7 @@ class Recorded:
         return packed, outs
 
     def _record(self, args: Sequence[Any], moment: Moment) -> _Recording | None:
-        static = Slots(args, self._slots, self._device)
+        static = self._inputs = self._inputs or Slots(args, self._slots, self._device)
         static.fill(args)
         done: list[tuple[Rest, list[int]]] = []
 
