@@ -99,7 +99,7 @@ def _pass(run: Run, source: Source, stage: str, index: int, count: int, at_most:
     source.set_epoch(facade.progress.epoch)
     ahead = Lookahead(source.one_pass(), limit, source.total)
     foreign = (
-        transfer is not None
+        run.brings_itself()
         or run.foreign(f"on_{hook}_batch_start", f"on_{hook}_batch_end")
         or (eval_step.traced and run.reached_between_steps(source))
     )
@@ -147,7 +147,8 @@ def _step_of(run: Run, source: Source, stage: str, index: int, suffix: str) -> E
         build = built_as(run.maker.decided)  # a resumed run that still owes a validation: as the run did that was saved
     within = run.facade.state.fn == "fit" and not run.facade.sanity_checking
     left = math.inf if run.options.capture == "compile" else _passes_left(run) * source.batches
-    step.begin(left, build=build if within else None)
+    recorded = run.step is not None and run.step.rung == "graph" and run.maker is not None
+    step.begin(left, build=build if within else None, device=run.maker.device if recorded and run.maker is not None else None)
     return step
 
 

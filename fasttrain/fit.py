@@ -54,7 +54,7 @@ def compile_fit(
             ``turns(module, batch, batch_idx)`` that yields one loss for each optimizer, in order. What stands after a
             yield sees that optimizer's update.
         **options: Lightning's Trainer arguments by their current names, and ``capture``, ``verify``, ``nonfinite``,
-            ``val_every_n_steps`` (see docs/options.md).
+            ``steps_per_launch``, ``val_every_n_steps`` (see docs/options.md).
 
     Returns:
         CompiledFit: ``fit``, ``validate``, ``test``, ``predict``, ``step``, ``explain``.

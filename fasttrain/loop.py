@@ -94,9 +94,10 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     store, remember, clock = facade.train_store, display.recent.append, time.perf_counter
     window, total, batch_idx, divisor = options.window(progress.epoch), train.batches, progress.batches_done - 1, progress.divisor
     interval = _interval(run)
-    transfer, loggers, log_every = run.transfer(), facade.loggers, options.log_every_n_steps
+    transfer = run.transfer(staging=run.maker.staging if run.maker is not None else None)
+    loggers, log_every = facade.loggers, options.log_every_n_steps
     starts, ends = run.live("on_train_batch_start", "on_batch_start"), run.live("on_train_batch_end", "on_batch_end", "training_epoch_end")
-    foreign = transfer is not None or run.foreign(
+    foreign = run.brings_itself() or run.foreign(
         "on_train_batch_start", "on_train_batch_end", "on_batch_start", "on_batch_end", "lr_scheduler_step"
     ) or run.reached_between_steps(train)  # fmt: skip
     by_step = [s for s in run.schedulers if s.interval == "step" and not s.reduce_on_plateau]
@@ -110,6 +111,8 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     if step is not None:
         step.refresh()
         step.epoch = progress.epoch
+    if run.step is not None:
+        _recorded_alone(run, seen=foreign or starts or ends, moves=bool(by_step or plateaus))
     while not (facade.should_stop and granted(run)):
         batch = ahead()
         if batch is END:
@@ -137,6 +140,7 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         if step is None:
             step = _capture(run, batch)
             until = deadline(run)
+            _recorded_alone(run, seen=foreign or starts or ends, moves=bool(by_step or plateaus))
         if progress.window_open == 0:
             progress.divisor = divisor = window_length(batch_idx, window, total) if window > 1 else 1
         progress.window_open += 1
@@ -158,12 +162,14 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         if ends:
             _batch_end(run, out.returned, batch, batch_idx)
         if last and loggers and log_every and (progress.stepping_batches + 1) % log_every == 0:
+            run.flush()
             facade.send(store.at_step().logged, progress.stepping_batches)
             step.refresh()  # a logger may be anybody's code
         if facade.should_stop and progress.window_open and granted(run):
             _update(run, step, divisor, batch_idx, by_step)  # before the validation that a stop adds: it sees these weights
         now = clock()
         if now >= display.due:
+            run.flush()
             display.train(facade, now, until)
         if interval is not None and _validation_is_due(run, interval, last_batch, now):
             _validate(run)
@@ -201,6 +207,21 @@ def _capture(run: Run, batch: Any) -> Step:
     run.display.restart_clock(run.facade)
     run.display.line(one_line(run.report))
     return step
+
+
+def _recorded_alone(run: Run, *, seen: bool, moves: bool) -> None:
+    """On the graph rung: batches that nobody sees lie in slots, and steps between which nothing moves may wait for one launch."""
+    maker = run.maker
+    assert maker is not None
+    alone = run.step is not None and run.step.rung == "graph" and not seen
+    if maker.staging is not None:
+        maker.staging.fixed = alone
+    if maker.launches is not None:
+        maker.launches.open = alone and not moves and not run.options.verify
+        if not maker.launches.open and run.facade.progress.epoch == 0:
+            why = "a hook or a callback runs between the steps" if seen else "a schedule moves between the steps"
+            why = "the step is not recorded" if run.step is None or run.step.rung != "graph" else why
+            run.display.line(f"steps_per_launch={maker.launches.n} has no effect: {why}")
 
 
 def _remaining_batches(run: Run) -> float:
@@ -284,6 +305,7 @@ def _validation_is_due(run: Run, interval: float, last_batch: bool, now: float) 
 
 def _validate(run: Run) -> None:
     progress = run.facade.progress
+    run.settle()
     progress.validated_step = progress.global_step
     renew(run, "val")
     progress.phase = "validation"
@@ -316,6 +338,7 @@ def _finish_resumed_batch(run: Run, interval: float | None, last_batch: bool) ->
 def _end_epoch(run: Run) -> None:
     """Epoch hooks and metrics, in Lightning's order: callbacks, the module, early stopping, checkpoints, then plateaus."""
     facade, progress = run.facade, run.facade.progress
+    run.settle()
     facade.epoch_ended = True
     if progress.phase != "epoch_end":
         progress.phase = "epoch_end"

@@ -73,6 +73,7 @@ class OptionsDict(TypedDict, total=False):
     capture: str
     verify: int
     nonfinite: str
+    steps_per_launch: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ class Options:
     capture: Literal["auto", "eager", "compile", "graph"] = "auto"
     verify: int = 0
     nonfinite: Literal["raise", "skip", "ignore"] = "raise"
+    steps_per_launch: int = 1
 
     def window(self, epoch: int) -> int:
         """Batches in one accumulation window in this epoch (the schedule's newest entry)."""
@@ -165,6 +167,7 @@ def make_options(given: Mapping[str, Any]) -> Options:
         detect_anomaly=_bool(g, "detect_anomaly", False), seed=_optional_int(g, "seed", None),
         capture=_choice(g, "capture", "auto", ("auto", "eager", "compile", "graph")),
         verify=_int(g, "verify", 0), nonfinite=_choice(g, "nonfinite", "raise", ("raise", "skip", "ignore")),
+        steps_per_launch=_int(g, "steps_per_launch", 1, low=1),
     )  # fmt: skip
     for stage in ("train", "val", "test", "predict"):
         values[f"limit_{stage}_batches"] = _limit(f"limit_{stage}_batches", g.get(f"limit_{stage}_batches"))
@@ -198,6 +201,11 @@ def _contradictions(given: Mapping[str, Any], values: Mapping[str, Any]) -> None
                                  "Without epochs to count by, give val_check_interval=n or val_every_n_steps=n."))  # fmt: skip
     if values["capture"] in ("compile", "graph") and values["detect_anomaly"]:
         raise OptionError("detect_anomaly follows autograd op by op: it needs capture='eager' (or 'auto').")
+    if values["steps_per_launch"] > 1:
+        if values["capture"] in ("eager", "compile"):
+            raise OptionError(f"steps_per_launch is the graph rung's: it cannot be had with capture={values['capture']!r}. Leave it out.")
+        if max(values["accumulate_grad_batches"].values()) > 1:
+            raise OptionError("steps_per_launch puts whole steps of one batch each together: leave it or accumulate_grad_batches out.")
     for unit in ("steps", "epochs") if not values["fast_dev_run"] else ():
         least, most = values[f"min_{unit}"], values[f"max_{unit}"]
         if 0 <= most < least and given.get(f"min_{unit}") is not None and given.get(f"max_{unit}") is not None:

@@ -99,7 +99,7 @@ class _Column:
         stacked = _stacked(values)
         fx = self.key.reduce_fx
         if fx == "mean":
-            w = torch.tensor(weights, dtype=torch.float64, device=stacked.device)
+            w = torch.tensor(weights, dtype=torch.float64).to(stacked.device, non_blocking=True)
             part, self.weight = (stacked * w).sum(), self.weight + sum(weights)
         elif fx == "sum":
             part = stacked.sum()
@@ -308,6 +308,7 @@ class Build:
     cut: bool = False  # in compiled stretches, because the step cannot be traced whole
     cpp_wrapper: bool = False  # calls between kernels in C++ too: quicker to run, slower to compile
     loops: bool = False  # small matrix products as generated loops
+    joint: bool = False  # on a GPU, forward and backward traced as one graph before they are recorded
 
 
 @dataclass

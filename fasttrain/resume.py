@@ -20,6 +20,7 @@ from fasttrain.state import rng_state
 def save(run: Run, path: Path, weights_only: bool) -> Path:
     """Write the run as it stands at ``path``; returns the path."""
     started, progress = time.perf_counter(), run.facade.progress
+    run.settle()
     state: dict[str, Any] = {
         "epoch": progress.epoch,
         "global_step": progress.global_step,

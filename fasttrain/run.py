@@ -19,6 +19,7 @@ from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
 from fasttrain.graphs.program import StepSpec
+from fasttrain.graphs.staging import Staging
 from fasttrain.graphs.step import Step
 from fasttrain.module import Trainable, overridden, to_device
 from fasttrain.options import Options
@@ -124,12 +125,30 @@ class Run:
         loaders = [p.loader for p in source.parts if p.road != "tensors"] if source is not None else []
         return reaches([*loaders, lambdas], targets)
 
-    def transfer(self, dataloader_idx: int = 0) -> Callable[[Any], Any] | None:
-        """What brings a batch to the device, the datamodule's own way before the module's; None when nobody has one and none is needed."""
+    def flush(self) -> None:
+        """Before anybody looks: steps that wait for others of their launch run now, and what they logged is there."""
+        launches = self.maker.launches if self.maker is not None else None
+        for out in launches.flush() if launches is not None else ():
+            self.facade.train_store.append(out.keys, out.values, out.batch_size)
+
+    def settle(self) -> None:
+        """Where the run stops anyway: what a device has decided and nobody has waited for. Raises NonFiniteError."""
+        self.flush()
+        if self.spec.pending is not None:
+            self.ledger.skipped_steps += self.spec.pending.settle()
+
+    def brings_itself(self) -> bool:
+        """Does somebody's own code bring batches to the device? It may change the module."""
+        return any(self._transfer_hook(h) is not None for h in TRANSFER_HOOKS)
+
+    def transfer(self, dataloader_idx: int = 0, staging: Staging | None = None) -> Callable[[Any], Any] | None:
+        """What brings a batch to the device, the datamodule's own way before the module's; None when nobody has one and none is needed.
+
+        ``staging``: what brings it where nobody has a way of his own."""
         sink, device = self.trainable.sink, self.spec.device
         before, to, after = (self._transfer_hook(h) for h in TRANSFER_HOOKS)
-        if device.type == "cpu" and not (before or to or after):
-            return None
+        if not (before or to or after):
+            return staging or (None if device.type == "cpu" else lambda batch: to_device(batch, device))
 
         def transfer(batch: Any) -> Any:
             was = sink.hook

@@ -20,11 +20,16 @@ from fasttrain.callbacks.model_checkpoint import ModelCheckpoint
 from fasttrain.display import Display
 from fasttrain.errors import DataError, FasttrainWarning, ModuleError, OptionError, reject
 from fasttrain.facade import TrainerFacade
+from fasttrain.graphs.device import CudaDevice, Device
 from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.launches import Launches
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import Verbs
+from fasttrain.graphs.norms import GradientNorms
+from fasttrain.graphs.pending import Pending
 from fasttrain.graphs.program import TRUE_DTYPES, StepSpec
-from fasttrain.graphs.tail import GradientNorms, LossScale
+from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.staging import Staging
 from fasttrain.hook_names import IN_STEP_HOOKS
 from fasttrain.loaders import open_loaders, restore
 from fasttrain.loggers.choice import make_loggers
@@ -182,11 +187,21 @@ def make_maker(run: Run) -> StepMaker:
     hooks = InStepHooks(trainable, run.fire_in_step, frozenset(h for h in IN_STEP_HOOKS if h in trainable.hooks or run.calls(h)))
     if options.track_grad_norm is not None:
         run.spec = replace(run.spec, norms=_gradient_norms(run, hooks, options.track_grad_norm))
+    scaled, alone = options.precision == "16-mixed", len(parsed.optimizers) == 1 and trainable.form not in ("generator", "manual")
+    if run.spec.device.type != "cpu":
+        raises = options.nonfinite == "raise" and not scaled
+        run.spec = replace(run.spec, pending=Pending(lambda: facade.progress.batches_seen, raises=raises))
+    device = make_device(run)
+    if device is None and options.steps_per_launch > 1:
+        wanted = f"1 on a {run.spec.device.type}, which has no launches to save"
+        raise OptionError(reject("steps_per_launch", options.steps_per_launch, wanted, "Leave it out."))
     maker = StepMaker(
         trainable=trainable, spec=run.spec, optimizers=parsed.optimizers, options=options,
-        scaler=LossScale(run.spec.device) if options.precision == "16-mixed" else None,
+        scaler=LossScale(run.spec.device, alone=alone) if scaled else None,
         hooks=hooks,
         say=run.display.line, frequencies=parsed.frequencies, schedulers=schedulers, verbs=run.verbs,
+        device=device, staging=None if device is None else Staging(device, run.spec.device),
+        launches=None if device is None or options.steps_per_launch == 1 else Launches(options.steps_per_launch),
         seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
     )  # fmt: skip
     if trainable.form == "manual":
@@ -194,6 +209,15 @@ def make_maker(run: Run) -> StepMaker:
         facade.taken = run.verbs.taken
         run.schedulers = []  # they move when the module moves them
     return maker
+
+
+def make_device(run: Run) -> Device | None:
+    """What records graphs, where the run trains on something that has them."""
+    if run.spec.device.type != "cuda":
+        return None
+    module = run.trainable.module
+    own = lambda: [v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)]  # noqa: E731
+    return CudaDevice(run.spec.device, own)
 
 
 def _gradient_norms(run: Run, hooks: InStepHooks, norm_type: float) -> GradientNorms:
@@ -262,7 +286,7 @@ def _check_writable(root: Path) -> None:
 
 
 def tear_down(run: Run, fn: str, datamodule: Any, status: str) -> None:
-    """Hooks and loggers put away, after success and after failure."""
+    """Hooks, loggers and graphs put away, after success and after failure."""
     if hasattr(datamodule, "teardown") and not isinstance(datamodule, type):
         datamodule.teardown(fn)
     run.fire("teardown", fn)
@@ -270,3 +294,5 @@ def tear_down(run: Run, fn: str, datamodule: Any, status: str) -> None:
         for name, arguments in (("save", ()), ("finalize", (status,))):
             if callable(getattr(logger, name, None)):
                 getattr(logger, name)(*arguments)
+    if run.maker is not None and run.maker.device is not None:
+        run.maker.device.close()

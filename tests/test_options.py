@@ -18,7 +18,8 @@ from fasttrain.options import OptionsDict, defaults, make_options
 from fasttrain.retired import RETIRED
 from tests.parity import modules as m
 
-OURS = {"seed", "capture", "verify", "nonfinite", "val_every_n_steps", "track_grad_norm"}  # the last was Lightning's until 2.0
+# the last was Lightning's until 2.0
+OURS = {"seed", "capture", "verify", "nonfinite", "steps_per_launch", "val_every_n_steps", "track_grad_norm"}
 THEIRS = inspect.signature(pl.Trainer.__init__).parameters
 
 

@@ -16,6 +16,7 @@ from fasttrain.errors import CaptureError, DataError, FasttrainError
 from fasttrain.graphs import decisions
 from fasttrain.graphs.attempt import attempt, attempt_in_pieces, name_the_breaks
 from fasttrain.graphs.contract import copied, describe
+from fasttrain.graphs.device_tail import DeviceTail
 from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
 from fasttrain.graphs.look import look, other_gradients, toggles_are_local
 from fasttrain.graphs.maker import StepMaker, tried
@@ -82,7 +83,7 @@ def _choose(maker: StepMaker, batch: Any, remaining_steps: float) -> tuple[Step,
     wanted, device = maker.options.capture, maker.spec.device.type
     report = CaptureReport(tail=_tail_name(maker), threads=torch.get_num_threads())
     report.obstacles = obstacles_of(maker)
-    if wanted == "graph" and device != "cuda":
+    if wanted == "graph" and maker.device is None:
         raise CaptureError(f"capture='graph' needs a CUDA device; this run is on {device}. Use capture='auto' or 'compile'.")
     if wanted == "eager":
         return _eager(maker, report, "asked for")
@@ -120,6 +121,9 @@ def _tail_name(maker: StepMaker) -> str:
         hooked = maker.trainable.form in ("single", "indexed") and maker.in_pieces(i)
         around = sorted(maker.hooks.live & AROUND)
         around += ["gradient hooks"] * bool(gradient_hooks(maker.trainable.module))
+        if maker.device is not None and not hooked and DeviceTail.obstacle(optimizer, trainable_params(optimizer)) is None:
+            names.append("fused Triton")
+            continue
         fused = "fused native" + (f" behind a captured piece; around it: {', '.join(around)}" if hooked and around else "")
         names.append(fused if why_not is None else f"torch ({why_not})")
     return " | ".join(dict.fromkeys(names)) or "none"
@@ -159,6 +163,8 @@ def _traced(
         error = CaptureError("a sparse gradient: the captured update takes dense ones")
     if error is not None:
         report.obstacles.append(obstacle_from(error))
+        if graph and maker.options.capture != "graph":  # the next rung: the same step compiled, and not recorded
+            return _traced(maker, report, batch, why or "no graph can be had", build)
         if maker.trainable.form != "generator" and maker.options.capture != "graph":
             return _cut(maker, report, batch, why, replace(build, cut=True, cpp_wrapper=False))
         return _not_captured(maker, report, error)
@@ -200,7 +206,7 @@ def _not_captured(maker: StepMaker, report: CaptureReport, error: Exception | No
 
 def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float) -> tuple[Step, CaptureReport]:
     """What a checkpoint or this machine has decided before, else by measuring."""
-    graph = maker.spec.device.type == "cuda"
+    graph = maker.device is not None
     if maker.options.deterministic:
         return _traced(maker, report, batch, "deterministic: nothing is measured", graph=graph)
     if maker.decided is not None:

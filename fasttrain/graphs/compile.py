@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.graphs.device import Device
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, keys_and_values, make_micro_step
-from fasttrain.graphs.tail import LossScale, Tail, frozen, make_tail, still_moved, trainable_params
-from fasttrain.graphs.traced import TracedCall
+from fasttrain.graphs.replay import Replay
+from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.tail import Tail, frozen, make_tail, still_moved, trainable_params
+from fasttrain.graphs.traced import StandIn, TracedCall
 from fasttrain.module import Trainable
 from fasttrain.options import Options
 from fasttrain.results import Build, Obstacle
@@ -25,12 +28,13 @@ class CompileStep:
 
     def __init__(
         self, trainable: Trainable, spec: StepSpec, optimizer: torch.optim.Optimizer, options: Options,
-        scaler: LossScale | None, index: int = 0, *, build: Build, graph: bool,
+        scaler: LossScale | None, index: int = 0, *, build: Build, device: Device | None = None,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._optimizer, self._options = trainable, spec, optimizer, options
         self._scaler, self._index = scaler, index
-        if graph:
-            self.rung = "graph"
+        stand_in: StandIn | None = None
+        if device is not None:  # recorded as it was traced, gradients and all
+            self.rung, stand_in = "graph", lambda run, plan: Replay(run, [i for i, _ in plan.slots], plan.read_by_user, device)
         self._divisor_value, self._divisor = 1, torch.tensor(1.0, device=spec.device)
         accumulates = max(options.accumulate_grad_batches.values()) > 1
         self._grads: Sequence[Tensor | None] | None = None
@@ -39,7 +43,7 @@ class CompileStep:
         self.epoch = 0
         self.params = self._leaves = trainable_params(optimizer)
         self.call = TracedCall(
-            make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build, graph=graph,
+            make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build, stand_in=stand_in,
             extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
         )  # fmt: skip
         self._bind_tail()
@@ -138,7 +142,7 @@ class CompileStep:
 
     def _bind_tail(self) -> None:
         self._step_hooks = _has_step_hooks(self._optimizer)
-        self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler, self._spec.norms)
+        self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler, self._spec.norms, self._spec.pending)
 
     def _accumulate(self, out: StepOutput) -> None:
         """Into tensors of our own from the window's third batch on; the first gradients may be anybody's (a batch's, say)."""

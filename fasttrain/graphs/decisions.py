@@ -43,6 +43,7 @@ def key_for(
         platform.processor(),
         os.cpu_count(),
         torch.get_num_threads(),
+        *sorted({_device_name(p.device) for p in module.parameters()} - {"cpu"}),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -61,6 +62,10 @@ def _source(thing: Any) -> str:
         return inspect.getsource(named)
     except (OSError, TypeError):
         return f"{named.__module__}.{named.__qualname__}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def recall(key: str) -> dict[str, Any] | None:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fasttrain.errors import ModuleError
 from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.norms import GradientNorms
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, forward, keys_and_values
-from fasttrain.graphs.tail import GradientNorms, LossScale, StockTail, frozen, trainable_params
+from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.tail import StockTail, frozen, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fasttrain.graphs.contract import Key, batch_size_of, key_of
+from fasttrain.graphs.device import Device
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.plan import Plan
 from fasttrain.graphs.program import Raw, StepSpec, keys_and_values, make_eval_step
+from fasttrain.graphs.replay import Replay
 from fasttrain.graphs.trace import Trace
 from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
@@ -26,16 +28,19 @@ class EvalStep:
         self._plan: Plan | None = None
         self._keys: tuple[LogKey, ...] = ()
         self._dirty = True
+        self._device: Device | None = None
         self.obstacles: list[Obstacle] = []
         self.traced = False
 
-    def begin(self, batches_left: float, *, build: Build | None) -> None:
+    def begin(self, batches_left: float, *, build: Build | None, device: Device | None = None) -> None:
         """A pass begins: user code may have run since the last one. Enough ``batches_left`` make tracing pay,
-        where the training step was traced (``build``)."""
+        where the training step was traced (``build``); ``device``: where it was recorded, and this one is too."""
         self._dirty = True
         if build is not None and not self.traced and batches_left >= PAYS_FROM:
-            self.traced = True
-            self._trace = Trace(self._function, (self._trainable.sink,), self._spec, dynamic=False, build=build)
+            self.traced, self._device = True, device
+            self._trace = Trace(
+                self._function, (self._trainable.sink,), self._spec, dynamic=False, build=build, recorded=device is not None
+            )
 
     def refresh(self) -> None:
         """User code ran since the last batch: the guards are checked at the next one."""
@@ -72,7 +77,13 @@ class EvalStep:
         if entry is None:  # nothing but Python was traced: there is no graph
             return
         try:
-            self._plan = Plan(entry, raw, batch)
+            self._plan = plan = Plan(entry, raw, batch)
         except LookupError:
             self._plan = None  # its guards are evaluated at every call then
+        else:
+            if self._device is not None:
+                stand_in = entry.run
+                if not isinstance(stand_in, Replay) or stand_in.moved(plan.args):
+                    stand_in = Replay(entry.compiled, [i for i, _ in plan.slots], plan.read_by_user, self._device)
+                entry.run = plan.run = stand_in
         entry.forget()

@@ -12,7 +12,8 @@ from fasttrain.errors import ModuleError
 from fasttrain.graphs.eager import hooked_tail, zero_grad
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, TRUE_DTYPES, StepOutput, StepSpec, cast_floats, detached, keys_and_values, mean_of, unwrapped
-from fasttrain.graphs.tail import LossScale, frozen, trainable_params
+from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.tail import frozen, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.graphs.turns import OwnGradients
 from fasttrain.module import Trainable, loss_of

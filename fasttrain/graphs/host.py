@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.graphs.program import REFUSED, StepSpec
-from fasttrain.graphs.tail import LossScale, Tail, make_tail, still_moved, trainable_params
+from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.tail import Tail, make_tail, still_moved, trainable_params
 from fasttrain.options import Options
 
 _HOSTS: WeakValueDictionary[int, Host] = WeakValueDictionary()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fasttrain.errors import ModuleError, reject
 from fasttrain.forms import Carried
 from fasttrain.graphs.contract import copied
+from fasttrain.graphs.cuda import GraphStep
 from fasttrain.graphs.explain import gradient_hooks
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.maker import StepMaker, tried
@@ -121,6 +123,16 @@ def _whole_step(maker: StepMaker, batch: Any) -> None:
                                  "Look at the data for nan/inf and at the learning rate, or set nonfinite='ignore'."))  # fmt: skip
 
 
+@contextmanager
+def gradients_apart(step: Step) -> Iterator[None]:
+    """Within: no update belongs to a micro-step, and gradients can be looked at between."""
+    if isinstance(step, GraphStep):
+        step.whole = False
+    yield
+    if isinstance(step, GraphStep):
+        step.whole = True
+
+
 def other_gradients(maker: StepMaker, step: Step, batch: Any) -> str:
     """One sentence where a captured step gives gradients that are not the eager ones, beyond all rounding; "" where it does."""
     unseen = any(isinstance(o, torch.optim.LBFGS) for o in maker.optimizers) or gradient_hooks(maker.trainable.module)
@@ -138,8 +150,9 @@ def _left_by(maker: StepMaker, step: Step, batch: Any) -> dict[str, Tensor]:
     before = maker.snapshot()
     step.refresh()
     tried(step, True)
-    with maker.trial():
-        step.micro_step(copied(batch), 0, first=True, last=updates, divisor=1, opened=1)
+    with maker.trial(), gradients_apart(step):
+        last = updates or isinstance(step, GraphStep)  # which would record another graph for it
+        step.micro_step(copied(batch), 0, first=True, last=last, divisor=1, opened=1)
         left = {} if updates else {name: g.detach().clone() for name, g in step.gradients().items()}
         step.update_step(1.0)
         left = _moved(maker, before) if updates else left

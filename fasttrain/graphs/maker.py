@@ -13,19 +13,24 @@ from typing import Any
 import torch
 
 from fasttrain.graphs.compile import CompileStep
+from fasttrain.graphs.cuda import GraphStep
 from fasttrain.graphs.cut import CutFunction
+from fasttrain.graphs.device import Device
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.explain import AROUND, gradient_hooks
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.hooks import InStepHooks
+from fasttrain.graphs.launches import Launches
 from fasttrain.graphs.manual import ManualStep, Verbs
 from fasttrain.graphs.pieces import CutStep, EagerFusedStep, PiecedStep
 from fasttrain.graphs.program import StepSpec
+from fasttrain.graphs.scale import LossScale
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.speculated import Outcomes, Speculation
 from fasttrain.graphs.splits import SplitStep, splitter
+from fasttrain.graphs.staging import Staging
 from fasttrain.graphs.step import Step
-from fasttrain.graphs.tail import LossScale, tail_obstacle, trainable_params
+from fasttrain.graphs.tail import tail_obstacle, trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -50,6 +55,9 @@ class StepMaker:
     seen: Callable[[], int] = lambda: 0  # batches of the fit before this one
     workers: int = 0  # loader processes that want a core
     outcomes: dict[int, Outcomes] = field(default_factory=dict)  # by optimizer: how branches on data went in the look
+    device: Device | None = None  # what records graphs; None where there is nothing of the kind
+    staging: Staging | None = None  # what brings batches to it
+    launches: Launches | None = None  # steps that wait for others
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
 
     def eager(self) -> Step:
@@ -121,6 +129,8 @@ class StepMaker:
             sink.outside, sink.muted, self.hooks.muted = before
             if self.scaler is not None and scale is not None:
                 self.scaler.load_state_dict(scale)
+            if self.spec.pending is not None:
+                self.spec.pending.forget()
 
     def _eager(self, *, fused: bool = False) -> Step:
         form, common = self.trainable.form, (self.options, self.scaler)
@@ -141,7 +151,12 @@ class StepMaker:
         optimizer = self.optimizers[i]
         if self.in_pieces(i):
             return PiecedStep(self.trainable, self.spec, optimizer, self.options, self.scaler, self.hooks, i, build=build)
-        return CompileStep(self.trainable, self.spec, optimizer, self.options, self.scaler, i, build=build, graph=graph)
+        given = (self.trainable, self.spec, optimizer, self.options, self.scaler, i)
+        if graph and not build.joint:
+            assert self.device is not None
+            launches = self.launches if len(self.optimizers) == 1 else None
+            return GraphStep(*given, build=build, device=self.device, staging=self.staging, launches=launches)
+        return CompileStep(*given, build=build, device=self.device if graph else None)
 
     def _cut_one(self, i: int, build: Build) -> Step:
         return CutStep(self.trainable, self.spec, self.optimizers[i], self.options, self.scaler, self.hooks, i, build=build)
@@ -182,6 +197,9 @@ def tried(step: Step, on: bool) -> None:
         call.tried(on)
     if isinstance(step, SplitStep):
         step = step.step
+    for one in step.steps if isinstance(step, Turns) else [step]:
+        if isinstance(one, GraphStep):
+            one.tried(on)
     if isinstance(step, Turns):
         step.everyone = on
     if isinstance(step, ScriptStep) and not on:

@@ -14,7 +14,8 @@ from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.eager import hooked_tail
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, forward, keys_and_values
-from fasttrain.graphs.tail import LossScale, clip_gradients, trainable_params
+from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.tail import clip_gradients, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options

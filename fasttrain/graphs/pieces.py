@@ -13,7 +13,8 @@ from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.hooks import InStepHooks
 from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, make_micro_step
-from fasttrain.graphs.tail import FusedTail, LossScale, apart, frozen, still_moved, tail_obstacle, trainable_params
+from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.tail import FusedTail, apart, frozen, still_moved, tail_obstacle, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable
 from fasttrain.options import Options

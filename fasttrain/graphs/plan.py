@@ -48,6 +48,7 @@ class Plan:
             raise LookupError("the step gives back something that is no output of its graph")
         self.loss = None if raw.loss is None else place[id(raw.loss)]
         self.values = _picker([place[id(v)] for v in values])
+        self.differentiated = next((place[id(g)] for g in raw.grads if g is not None), None)
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
         self.returned, read = _builder(raw.returned, place)
         self.lifted = entry.lifted

@@ -28,7 +28,8 @@ class StepSpec:
     precision: Precision
     device: torch.device
     keep_outputs: bool  # somebody reads what training_step returned
-    norms: Any = None  # what hears of gradient norms (tail.GradientNorms), under track_grad_norm
+    norms: Any = None  # what hears of gradient norms (norms.GradientNorms), under track_grad_norm
+    pending: Any = None  # what a device decides and the host hears later (pending.Pending); None where the host decides
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward's context under this precision; casts are not cached, as in Lightning, and cannot be in a capture."""
@@ -123,6 +124,29 @@ def make_micro_step(trainable: Trainable, spec: StepSpec, params: Sequence[nn.Pa
         return Raw(loss.detach(), grads, items, detached(output) if keep else None)
 
     return micro_step
+
+
+def make_forward(trainable: Trainable, spec: StepSpec, index: int = 0) -> Callable[..., Raw]:
+    """The forward pass and the loss of one batch, as ``make_micro_step`` has them; ``grads`` holds the divided, scaled loss itself,
+    of which somebody takes the gradients."""
+    sink, step = trainable.sink, trainable.step("train")
+    true_dtype, keep = TRUE_DTYPES.get(spec.precision), spec.keep_outputs
+
+    def forward_step(batch: Any, batch_idx: int, divisor: Tensor | None, scale: Tensor | None) -> Raw:
+        sink.items = []
+        if true_dtype is not None:
+            batch = cast_floats(batch, true_dtype)
+        with spec.autocast():
+            output = unwrapped(step(batch, batch_idx, index), sink, "train")
+        loss = loss_of(output)
+        items, sink.items = sink.items, None
+        if loss is None:
+            return Raw(None, (None,), items, detached(output) if keep else None)
+        scaled = loss if divisor is None else loss / divisor
+        scaled = scaled if scale is None else scaled * scale
+        return Raw(loss.detach(), (scaled,), items, detached(output) if keep else None)
+
+    return forward_step
 
 
 def gradients_of(

@@ -24,7 +24,7 @@ from fasttrain.graphs.program import (
     mean_of,
     unwrapped,
 )
-from fasttrain.graphs.tail import LossScale
+from fasttrain.graphs.scale import LossScale
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options

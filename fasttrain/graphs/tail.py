@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.errors import ModuleError
+from fasttrain.graphs.device_tail import DeviceTail
+from fasttrain.graphs.norms import GradientNorms
+from fasttrain.graphs.pending import Pending
+from fasttrain.graphs.scale import LossScale
 from fasttrain.kernels import library
 from fasttrain.kernels.native_tail import NativeTail
 from fasttrain.options import Options
@@ -41,39 +45,6 @@ def still_moved(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) 
 def frozen(optimizer: torch.optim.Optimizer, which: str = "the optimizer") -> ModuleError:
     held = sum(len(g["params"]) for g in optimizer.param_groups)
     return ModuleError(f"no parameter of {which} trains: all {held} have requires_grad=False. Unfreeze at least one.")
-
-
-class GradientNorms:
-    """``track_grad_norm``: each parameter's norm and that of all together, unscaled and before clipping; read by nobody here.
-
-    ``names()`` maps the ids of parameters to their names; ``tell(names, values)`` hears of every update's norms.
-    """
-
-    def __init__(
-        self, norm_type: float, names: Callable[[], dict[int, str]], tell: Callable[[tuple[str, ...], list[Tensor]], None]
-    ) -> None:
-        self.type, self._names, self._tell = norm_type, names, tell
-
-    @torch.no_grad()
-    def __call__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], factor: float = 1.0) -> None:
-        """In a pass over the gradients of its own."""
-        present = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None and g.layout is torch.strided]
-        if not present:
-            return
-        norms = list(torch._foreach_norm([g for _, g in present], self.type))
-        if factor != 1.0:
-            torch._foreach_mul_(norms, factor)
-        total = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]), self.type)
-        self.measured(self.names([p for p, _ in present]), norms, total)
-
-    def names(self, params: Sequence[Tensor]) -> tuple[str, ...]:
-        """What these parameters' norms are called, and that of all together."""
-        known, prefix = self._names(), f"grad_{float(self.type)}_norm"
-        return (*(f"{prefix}/{known.get(id(p), '?')}" for p in params), f"{prefix}_total")
-
-    def measured(self, names: tuple[str, ...], norms: Sequence[Tensor], total: Tensor) -> None:
-        """By somebody else, in a pass over the gradients that was made anyway."""
-        self._tell(names, [*norms, total])
 
 
 class FusedTail:
@@ -178,6 +149,8 @@ class StockTail:
         scaler, options = self._scaler, self._options
         params = [p for group in self._optimizer.param_groups for p in group["params"]]  # anew: layers may be unfrozen
         present = [p.grad for p in params if p.grad is not None]
+        if scaler is not None and scaler.lent:  # kernels had it before
+            scaler.read()
         factor = rescale if scaler is None else rescale / scaler.value
         if factor != 1.0 and present:
             torch._foreach_mul_(present, factor)
@@ -218,55 +191,18 @@ def apart(grads: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
         yield g
 
 
-class LossScale:
-    """The fp16 loss scale: grows after 2000 clean steps, halves on an overflow (torch.amp.GradScaler's rule)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.value = 65536.0
-        self.clean_steps = 0
-        self.growth_interval = 2000
-        self.tensor = torch.tensor(self.value, device=device)
-        self._gathering = False
-        self._found: bool | None = None
-
-    def gather(self) -> None:
-        """Several updates follow that all use this value: it moves once, in ``settle``."""
-        self._gathering, self._found = True, None
-
-    def settle(self) -> None:
-        """The updates since ``gather`` are over: one overflow among them lowers the scale."""
-        self._gathering = False
-        if self._found is not None:
-            self.update(found_inf=self._found)
-
-    def update(self, *, found_inf: bool) -> None:
-        if self._gathering:
-            self._found = found_inf or bool(self._found)
-            return
-        if found_inf:
-            self.value, self.clean_steps = self.value * 0.5, 0
-        else:
-            self.clean_steps += 1
-            if self.clean_steps < self.growth_interval:
-                return
-            self.value, self.clean_steps = self.value * 2.0, 0
-        self.tensor.fill_(self.value)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.value, "clean_steps": self.clean_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self.clean_steps = float(state["scale"]), int(state["clean_steps"])
-        self.tensor.fill_(self.value)
-
-
 def make_tail(
     optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None,
-    norms: GradientNorms | None = None,
+    norms: GradientNorms | None = None, pending: Pending | None = None,
 ) -> Tail:  # fmt: skip
-    """The fastest tail that is right for this optimizer; ``tail_obstacle`` says why it is not the fused one."""
+    """The fastest tail that is right for this optimizer; ``tail_obstacle`` says why it is not the fused one.
+
+    ``pending``: who is told later what a device decides; None where the caller must know at once.
+    """
     if tail_obstacle(optimizer, params) is None:
         return FusedTail(optimizer, params, options, scaler, norms)
+    if pending is not None and params and DeviceTail.obstacle(optimizer, params) is None:
+        return DeviceTail(optimizer, params, options, scaler, norms, pending)
     if params and params[0].is_cpu:
         library.load()  # says once that there is none
     return StockTail(optimizer, params, options, scaler, norms)

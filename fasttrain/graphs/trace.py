@@ -12,6 +12,7 @@ from typing import Any, cast
 from weakref import ref
 
 import torch
+from torch import Tensor
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.checks import Checked, CheckFailed, checking, checks_of, has_checks, versions_of
@@ -35,14 +36,15 @@ class Trace:
 
     def __init__(
         self, function: Callable[..., Raw], own: tuple[Any, ...], spec: StepSpec, *, dynamic: bool, build: Build,
-        updates: bool = False, speculation: Speculation | None = None,
+        updates: bool = False, speculation: Speculation | None = None, recorded: bool = False,
     ) -> None:  # fmt: skip
         self._speculation = speculation
+        self._recorded = recorded  # in a CUDA graph, which holds nothing but the device's own work
         self._updates = updates  # are optimizers moved inside the function?
         self._checks = not updates and spec.device.type == "cpu"  # may it fail in its middle? A device that does is lost
         self._own, self._spec = own, spec  # ``own``: objects of ours that a step may change, the sink first
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
-        self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
+        self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "triton.cudagraphs": False}
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
         if build.loops and torch._inductor.config.post_grad_custom_pre_pass is None:
             self._patches["post_grad_custom_pre_pass"] = small_products()
@@ -139,6 +141,8 @@ class Trace:
                 "a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
                 "Log a tensor, or keep it in a buffer."
             )
+        if self._recorded:
+            _refuse_elsewhere(graph, self._spec.device)
         self.count += 1
         self._unvalidated |= entry.unvalidated
         self._stood_in |= entry.stood_in
@@ -230,6 +234,14 @@ class Entry:
     def forget(self) -> None:
         """No tensor of its last call is kept."""
         self.args = self.outs = self.work = ()
+
+
+def _refuse_elsewhere(graph: torch.fx.GraphModule, device: torch.device) -> None:
+    """A replay would go on with what the host computed, drew or held when the graph was recorded."""
+    for node in graph.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor) and value.device.type not in (device.type, "meta"):
+            raise CaptureError(f"the step computes on the {value.device.type}, which no graph of the {device.type} holds ({node.name})")
 
 
 def _as_it_was(effects: Any, variable: Any) -> bool:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import CaptureError
+from fasttrain.graphs.buckets import Buckets
 from fasttrain.graphs.checks import CheckFailed
 from fasttrain.graphs.contract import Key, key_of
-from fasttrain.graphs.cuda import GraphMemory, Replay
 from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.lifted import HostWorkError
 from fasttrain.graphs.plan import Plan
@@ -25,6 +25,7 @@ from fasttrain.module import Trainable
 from fasttrain.results import Build, LogKey, Obstacle
 
 MOST_STRUCTURES = 4  # kinds of batch (a first split without hidden state, say) that get a graph each
+StandIn = Callable[[Callable[..., Any], Plan], Callable[..., Any]]
 VALIDATE_EVERY = 1000  # steps between two op by op, where the capture leaves the validation of arguments out
 FREQUENT = 8  # batches of other sizes from which they share a graph, if they are a tenth of all
 
@@ -36,11 +37,13 @@ class TracedCall:
     """
 
     def __init__(
-        self, function: Callable[..., Raw], trainable: Trainable, spec: StepSpec, *, build: Build, graph: bool = False,
+        self, function: Callable[..., Raw], trainable: Trainable, spec: StepSpec, *, build: Build, stand_in: StandIn | None = None,
         extra: tuple[Tensor | None, ...] = (), own: tuple[object, ...] = (), eager: Callable[[Any, int], StepOutput] | None = None,
+        buckets: Buckets | None = None,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._build, self._own = trainable, spec, build, (trainable.sink, *own)
-        self._memory = GraphMemory(spec.device) if graph else None
+        self._stand_in = stand_in  # what records a compiled graph in one of the device's own
+        self._buckets = buckets  # which shapes have a graph, where shapes do not share one
         self.extra = extra
         self._eager = eager  # what runs a batch that is not traced; the function itself, op by op, when None
         self.dirty = True
@@ -68,7 +71,7 @@ class TracedCall:
     @property
     def replays(self) -> bool:
         """Are results a CUDA graph's own tensors, which the next call overwrites?"""
-        return self._memory is not None
+        return self._stand_in is not None
 
     @property
     def traces(self) -> int:
@@ -102,14 +105,17 @@ class TracedCall:
 
     def state(self) -> dict[str, Any]:
         """Which batches run captured from here on, as a checkpoint keeps it."""
-        return {"count": self.count, "others": self._others, "dynamic": self._dynamic, "failed": self.failed, "static": dict(self._static),
-                "speculation": self.speculation.state()}  # fmt: skip
+        state = {"count": self.count, "others": self._others, "dynamic": self._dynamic, "failed": self.failed, "static": dict(self._static)}
+        state |= {"speculation": self.speculation.state()}
+        return state if self._buckets is None else state | {"buckets": self._buckets.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """As in the run that was saved; unless its batches do not come any more."""
         self.count, self._others, self._dynamic = state["count"], state["others"], state["dynamic"]
         self.failed, self._static, self._doubted, self._ran = state["failed"], dict(state["static"]), FREQUENT, True
         self.speculation.load_state(state["speculation"])
+        if self._buckets is not None and state.get("buckets") is not None:
+            self._buckets.load_state(state["buckets"])
 
     def tried(self, on: bool) -> None:
         """What is called from True to False counts for nothing."""
@@ -139,6 +145,8 @@ class TracedCall:
             known.left = self._unlooked()
             out = known(batch)
             if out is not None:
+                if self._buckets is not None:
+                    self._buckets.used(self._named(key)[1])
                 self.plan, self.op_by_op = known, False
                 return out
             check = known.failed()
@@ -232,15 +240,16 @@ class TracedCall:
         assert entry is not None
         self.why_guarded = entry.why_not
         kind, name = self._named(key)
-        if self._static.get(kind) != name or (raw.loss is None and raw.grads):
+        own = name in self._buckets if self._buckets is not None else self._static.get(kind) == name
+        if not own or (raw.loss is None and raw.grads):
             return None  # sizes that change, or a batch the module passed over
         try:
             plan = Plan(entry, raw, batch)
         except LookupError as reason:
             self.why_guarded = self.why_guarded or str(reason)
             return None
-        if self._memory is not None:
-            entry.run = plan.run = Replay(entry.compiled, [i for i, _ in plan.slots], plan.read_by_user, self._memory)
+        if self._stand_in is not None:
+            entry.run = plan.run = self._stand_in(entry.compiled, plan)
         return plan
 
     def _trace_for(self, key: Key) -> Trace | None:
@@ -248,6 +257,8 @@ class TracedCall:
         if self.failed:
             return None
         kind, name = self._named(key)
+        if self._buckets is not None:
+            return self._bucket(name, self._buckets)
         if kind not in self._static and len(self._static) < MOST_STRUCTURES:
             self._static[kind] = name
         if self._static.get(kind) == name:
@@ -262,6 +273,22 @@ class TracedCall:
                 return self._trace(kind, dynamic=False)
         return self._trace("", dynamic=True) if self._dynamic else None
 
+    def _bucket(self, name: str, buckets: Buckets) -> Trace | None:
+        """A graph for each shape that comes often; another's goes when there are too many."""
+        admitted, gone = buckets.sees(name)
+        for other in gone:
+            self._traces_gone(other)
+        return self._trace(name, dynamic=False) if admitted else None
+
+    def _traces_gone(self, name: str) -> None:
+        trace = self._traces.pop(name, None)
+        self._traced_before += 0 if trace is None else trace.count
+        for key in [k for k in self._plans if self._named(k)[1] == name]:
+            plan = self._plans.pop(key)
+            self._clean.discard(key)
+            if plan is self.plan:
+                self.plan = None
+
     def _named(self, key: Key) -> tuple[str, str]:
         """The structure and the whole of a key as texts, the same in every process."""
         if key not in self._names:
@@ -272,5 +299,6 @@ class TracedCall:
     def _trace(self, kind: str, *, dynamic: bool) -> Trace:
         if kind not in self._traces:
             self._traces[kind] = Trace(self._function, self._own, self._spec, dynamic=dynamic, build=self._build,
-                                       updates=self._eager is not None, speculation=self.speculation)  # fmt: skip
+                                       updates=self._eager is not None, speculation=self.speculation,
+                                       recorded=self._stand_in is not None)  # fmt: skip
         return self._traces[kind]

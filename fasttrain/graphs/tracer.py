@@ -167,7 +167,7 @@ def optimizers_alone() -> Iterator[None]:
 
 @contextmanager
 def chance_apart() -> Iterator[None]:
-    """Within a trace: Python's own random numbers are drawn outside of it. In a graph they are others, or no numbers at all (torch 2.13)."""
+    """Within a trace: Python's own random numbers are drawn outside of it: in a graph they are others, or none (torch 2.13)."""
     from torch._dynamo.exc import Unsupported
     from torch._dynamo.variables import misc, user_defined
 

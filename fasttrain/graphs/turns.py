@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.graphs.program import REFUSED, StepOutput, mean_of
+from fasttrain.graphs.scale import LossScale
 from fasttrain.graphs.step import Step
-from fasttrain.graphs.tail import LossScale
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.results import Obstacle
 

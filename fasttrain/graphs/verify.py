@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.contract import copied
+from fasttrain.graphs.cuda import GraphStep
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.manual import ManualStep
@@ -222,10 +223,23 @@ class VerifiedStep(Verified):
     """Forward and backward captured whole, and the fused update behind them."""
 
     def __init__(
-        self, step: CompileStep, eager: EagerStep, stock: StockTail, maker: StepMaker, report: CaptureReport, together: list[Verified]
+        self,
+        step: CompileStep | GraphStep,
+        eager: EagerStep,
+        stock: StockTail,
+        maker: StepMaker,
+        report: CaptureReport,
+        together: list[Verified],
     ) -> None:
         super().__init__(step, eager, maker, report, together)
         self._step, self._stock = step, stock
+        if isinstance(step, GraphStep):
+            step.whole = False  # gradients are looked at between
+
+    def _passed(self) -> None:
+        super()._passed()
+        if not self.left and isinstance(self._step, GraphStep):
+            self._step.whole = True
 
     def _both(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         step, maker, judge = self._step, self._maker, self._judge
@@ -375,7 +389,7 @@ def _verified_one(maker: StepMaker, step: Step, i: int, report: CaptureReport, t
     optimizer = maker.optimizers[i]
     params = trainable_params(optimizer)
     eager = EagerStep(maker.trainable, maker.spec, optimizer, params, maker.options, maker.scaler, maker.hooks, i)
-    if isinstance(step, CompileStep):
+    if isinstance(step, (CompileStep, GraphStep)):
         return VerifiedStep(step, eager, StockTail(optimizer, params, maker.options, maker.scaler), maker, report, together)
     if maker.hooks.live or maker.in_pieces(i):
         return step  # what stands around a piece would run twice

@@ -136,7 +136,7 @@ def row_norms(
 def judge(
     p_partial, n_partial, p_table, p_rows, n_rows, p_record, p_verdict, p_norm, p_skipped, p_skips, p_scale, p_tracker, p_loss, p_rescale,
     MEASURE: tl.constexpr, CHECK: tl.constexpr, INF: tl.constexpr, RULE: tl.constexpr,
-    SCALED: tl.constexpr, LOSS: tl.constexpr, RESCALED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SCALED: tl.constexpr, LOSS: tl.constexpr, RESCALED: tl.constexpr, STICKY: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The norm, the clip factor and whether to skip; the loss scale moved on; every row's step count and coefficients."""
     factor = tl.load(p_table + GRAD_SCALE)
@@ -156,6 +156,8 @@ def judge(
             skip = (norm <= HUGE) == 0
     if LOSS:
         skip = skip | ((tl.abs(tl.load(p_loss).to(tl.float64)) <= HUGE) == 0)
+    if STICKY:  # after one refused step all are, until the host has heard of it
+        skip = skip | (tl.load(p_skips) > 0)
     tl.store(p_verdict + FACTOR, factor.to(tl.float32))
     tl.store(p_verdict + SKIP, skip.to(tl.float32))
     tl.store(p_verdict + LIMIT, tl.load(p_table + CLIP_VALUE).to(tl.float32))

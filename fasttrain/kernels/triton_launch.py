@@ -40,6 +40,7 @@ class Call:
     rescale: Tensor | None
     loss: Tensor | None
     norms: Tensor | None
+    sticky: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def launches(binding: Binding, table: Tensor, cells: Cells, call: Call) -> Itera
             name="row_norms", programs=len(binding.rows), constants={**flags, "BLOCK": NORMS_BLOCK, **_OPTIONS},
             arguments=(binding.partial, binding.spans, table, scale_cells[0], rescale, call.norms),
         )  # fmt: skip
-    switches = {"MEASURE": call.measure, "CHECK": call.check, "LOSS": call.loss is not None, "RULE": call.rule}
+    switches = {"MEASURE": call.measure, "CHECK": call.check, "LOSS": call.loss is not None, "RULE": call.rule, "STICKY": call.sticky}
     chunks = sum(run.count for run in binding.norm_launches)
     yield Launch(
         name="judge", programs=1,

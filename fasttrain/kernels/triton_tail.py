@@ -65,8 +65,10 @@ class TritonTail:
         self._counts = make(len(self._params))  # updates of momentum buffers that this tail made
         self._made: dict[int, Tensor] = {}
         self._knobs: tuple[float, ...] = (1.0, math.inf, math.inf)
-        self._captured: list[Binding] = []  # that graphs go on reading: they live as long as this tail
-        self._spare: Tables | None = None
+        self._kept_captures: list[Binding] = []  # that graphs go on reading: they live as long as this tail
+        self._captures: list[ref[Binding]] = []  # these, and those that somebody else keeps
+        self._spares: list[Tables] = []
+        self._transient = False
         self._loaded: set[tuple[Any, ...]] = set()  # kernels that have run: loading one inside a capture would end it
         self._table = torch.empty(0)
         self._hooks = keep_wide(optimizer) if master_weights else None
@@ -94,7 +96,7 @@ class TritonTail:
         self._state, self._group_list = optimizer.state, groups
         self._owner = [owner[id(param)] for param in self._params]
         if self._table.numel() != KNOBS + HYPER * len(groups):  # graphs read the one that is there
-            if self._captured:
+            if self._captured():
                 raise KernelError(reject("optimizer", "another number of groups than was captured", "the same", "Capture the step again."))
             self._table = torch.zeros(KNOBS + HYPER * len(groups), dtype=torch.float64, device=self.device)
         self._sent: list[float] = []
@@ -112,16 +114,16 @@ class TritonTail:
                     known.append(i)
                 self._place(i)
         if known and self._rule.code == SGD_RULE:
-            self._counts.index_fill_(0, torch.tensor(known).to(self.device), 1.0)
+            self._counts.index_fill_(0, torch.tensor(known).to(self.device, non_blocking=True), 1.0)
         self._where, self._states = self._places(), len(self._state)
         self._make_spare()
-        for binding in self._captured:
+        for binding in self._captured():
             self._follow(binding)
 
-    def _make_spare(self) -> None:
-        """Tables for the next capture, made before it."""
-        if self._spare is None:
-            self._spare = make_tables([param.numel() for param in self._params], self.device)
+    def _make_spare(self, n: int = 1) -> None:
+        """Tables for the next captures, made before them."""
+        while len(self._spares) < n:
+            self._spares.append(make_tables([param.numel() for param in self._params], self.device))
 
     def _follow(self, binding: Binding) -> None:
         """Has a captured graph read state where it lies now; its gradients stay where they were."""
@@ -197,20 +199,24 @@ class TritonTail:
     def step(
         self, grads: Sequence[Tensor | None], *, max_norm: float | None = None, clip_value: float | None = None,
         grad_scale: float | Tensor = 1.0, loss: Tensor | None = None, check: bool = False, zero_grads: bool = False,
-        norms_out: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        norms_out: Tensor | None = None, sticky: bool = False, transient: bool = False,
+    ) -> Binding:  # fmt: skip
         """One optimizer step from these gradients, the meaning of every argument `NativeTail.step`'s.
 
         `grad_scale` may be a 0-d tensor on the device; `max_norm`, `clip_value` and a number in `grad_scale` are device values
         too, taken over by the next `step` or `sync`. `check`: a step whose loss, or measured norm, is inf or NaN writes nothing
         but zeroed gradients, the loss scale and the skip counts. `norms_out`: float32 of one element a parameter, on the device,
-        filled with each gradient's own norm from the same pass (0 where there is none).
+        filled with each gradient's own norm from the same pass (0 where there is none). `sticky`: once a step was refused all
+        that follow are, until `skips` is set to 0: what a host that hears of it later finds is what that step found.
+
+        Gives back the tables it launched over. `transient`, in a capture: whoever keeps the graph keeps these too, and gradients
+        made within the graph are its own, so that another graph of its pool may have their memory.
         """
         optimizer = self._live()
         check_call(self.device, len(self._params), max_norm, clip_value, grad_scale, loss, norms_out)
         by_number = 1.0 if isinstance(grad_scale, Tensor) else float(grad_scale)
         self._knobs = (by_number, math.inf if max_norm is None else max_norm, math.inf if clip_value is None else clip_value)
-        capturing = self._capturing()
+        capturing, self._transient = self._capturing(), transient
         self._reread(optimizer)
         binding, copied = self._bind(grads, capturing)
         if not capturing:
@@ -220,6 +226,7 @@ class TritonTail:
         call = Call(
             rule=self._rule.code, inf=self._inf, measure=max_norm is not None or norms_out is not None, check=check, zero=zero_grads,
             rescale=grad_scale if isinstance(grad_scale, Tensor) else None, loss=loss if check else None, norms=norms_out,
+            sticky=sticky and check,
         )  # fmt: skip
         self._launch(binding, call, capturing)
         if zero_grads:
@@ -228,16 +235,26 @@ class TritonTail:
         if self._bump_versions:
             torch.autograd.graph.increment_version(self._params)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's lr schedulers look for
+        return binding
+
+    def _captured(self) -> list[Binding]:
+        """Of the graphs that are alive."""
+        found = [(r, b) for r in self._captures if (b := r()) is not None]
+        self._captures = [r for r, _ in found]
+        return [b for _, b in found]
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def sync(self) -> None:
-        """Takes over hyperparameters that changed and tables that a capture left to be written: before every replay."""
+    def sync(self, *, captures: int = 1) -> None:
+        """Takes over hyperparameters that changed and tables that a capture left to be written: before every replay.
+
+        `captures`: so many steps may be captured before the next call.
+        """
         self._reread(self._live())
         self._upload()
-        self._make_spare()
-        for binding in self._captured:
+        self._make_spare(captures)
+        for binding in self._captured():
             binding.upload()
 
     def _launch(self, binding: Binding, call: Call, capturing: bool) -> None:
@@ -278,13 +295,15 @@ class TritonTail:
         if self._binding is not None and not capturing and layout_of(rows) == self._binding.layout:
             self._binding.pending.append((self._binding.rows, cells_of(rows, len(self._params))))
         else:
-            tables, self._spare = self._spare, None
-            if tables is None:
+            if not self._spares:
                 raise KernelError(reject("capture", "a second one at once", "sync() between two", "Call sync() after each capture."))
-            binding = make_binding(rows, tables)
+            binding = make_binding(rows, self._spares.pop())
             if capturing:
-                binding.held = [*(t for row in rows for t in self._kept[row.index]), *(g for g in grads if g is not None), *fresh]
-                self._captured.append(binding)
+                binding.held = [t for row in rows for t in self._kept[row.index]]
+                if not self._transient:
+                    binding.held += [*(g for g in grads if g is not None), *fresh]
+                    self._kept_captures.append(binding)
+                self._captures.append(ref(binding))
                 return binding, copied
             self._binding = binding
             self._make_spare()

@@ -14,6 +14,7 @@ from fasttrain.errors import KernelError
 from fasttrain.kernels import clip_and_step_
 from fasttrain.kernels.device_scale import DeviceScale
 from fasttrain.kernels.triton_tail import TritonTail
+from tests.kernels.device_tail_checks import *  # noqa: F403
 from tests.kernels.triton_checks import *  # noqa: F403
 from tests.kernels.triton_checks import SHAPES, assert_near, assert_same_state, bits_of, grads_on, params_on, stock_step, tail_on
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fasttrain
-from fasttrain.graphs.trace import Plan
+from fasttrain.graphs.plan import Plan
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fasttrain
-from fasttrain.graphs.tail import GradientNorms
+from fasttrain.graphs.norms import GradientNorms
 from tests.forms.pairs import FORMS, Nets, batches, same_weights, slow, trained, where_marked
 
 

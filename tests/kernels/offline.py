@@ -60,7 +60,7 @@ def variants(every: bool) -> list[tuple[str, dict[str, Any]]]:
     for scaled, rescaled, inf in itertools.product(flags, flags, flags):
         found.append(("row_norms", {"INF": inf, "SCALED": scaled, "RESCALED": rescaled, "BLOCK": NORMS_BLOCK}))
     for rule, full in itertools.product(range(3), flags):
-        switches = dict.fromkeys(("MEASURE", "CHECK", "SCALED", "LOSS", "RESCALED"), full)
+        switches = dict.fromkeys(("MEASURE", "CHECK", "SCALED", "LOSS", "RESCALED", "STICKY"), full)
         found.append(("judge", {**switches, "INF": False, "RULE": rule, "BLOCK": JUDGE_BLOCK, "ROWS": JUDGE_ROWS}))
     if every:
         for p, g, mode, zero, align in itertools.product(range(3), range(3), MODES, flags, (16, 1)):

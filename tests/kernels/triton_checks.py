@@ -379,6 +379,22 @@ def test_a_bad_loss_skips(bad, dtype, device):
     assert tail.skips == 3
 
 
+def test_a_refused_step_refuses_those_behind_it(device):
+    """`sticky`: what a late host finds is what the bad step found, until it sets `skips` to 0."""
+    params, optimizer, tail = tail_on(device, AdamW, {}, SMALL)
+    loss = torch.tensor(1.0, device=device)
+    tail.step(grads_on(device, params, 0), loss=loss, check=True, sticky=True)
+    tail.step(grads_on(device, params, 1), loss=loss + math.nan, check=True, sticky=True)
+    before = bits_of(params, optimizer)
+    tail.step(grads_on(device, params, 2), loss=loss, check=True, sticky=True)
+    assert bits_of(params, optimizer) == before
+    assert tail.skips == 2
+    tail.skips.zero_()
+    tail.step(grads_on(device, params, 3), loss=loss, check=True, sticky=True)
+    assert bits_of(params, optimizer) != before
+    assert tail.skips == 0
+
+
 def test_unchecked_steps_are_torchs(device):
     """Without check a NaN goes where it goes in torch."""
     params, _, tail = tail_on(device, SGD, {"lr": 0.1})
