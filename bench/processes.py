@@ -42,7 +42,7 @@ class Line:
         except OSError:
             text = ""
         if not text:
-            raise SideEnded(f"its process died: {self._log.read_text(errors='replace')[-600:]}")
+            raise SideEnded(f"its process died: {_tail(self._log)}")
         record = dict(json.loads(text))
         if "error" in record:
             raise SideEnded(record["error"])
@@ -52,6 +52,11 @@ class Line:
         with contextlib.suppress(OSError):
             self._said.close()
         self._connection.close()
+
+
+def _tail(log: Path) -> str:
+    """The end of what a process printed, without where this tree lies."""
+    return log.read_text(errors="replace")[-600:].replace(f"{ROOT}/", "")
 
 
 class Processes:
@@ -90,7 +95,7 @@ class Processes:
                     break
                 except TimeoutError:
                     if process.poll() is not None or time.monotonic() > deadline:
-                        raise SideEnded(f"{workload} / {side} did not start: {log.read_text(errors='replace')[-600:]}") from None
+                        raise SideEnded(f"{workload} / {side} did not start: {_tail(log)}") from None
         return Line(connection, log, self.limit_s)
 
     def _environment(self, cache: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from bench.machine import device, machine
 from bench.report import records_of, rows_of, table
 
 OVER = (124, 137)  # what `timeout` exits with when it ended a part
+ROOT = Path(__file__).parent.parent.parent
 KEPT = 4000  # characters of a part's output: its end, where the summary and the errors stand
 
 
@@ -19,9 +20,17 @@ def parts_of(folder: Path) -> list[dict[str, Any]]:
     found = []
     for line in (folder / "parts.tsv").read_text().splitlines():
         name, status, seconds, command = line.split("\t")
-        log = (folder / f"{name}.log").read_text(errors="replace")
-        found.append({"name": name, "status": int(status), "seconds": int(seconds), "command": command, "output": log[-KEPT:]})
+        log = _without_paths((folder / f"{name}.log").read_text(errors="replace"), folder)
+        part = {"name": name, "status": int(status), "seconds": int(seconds), "command": _without_paths(command, folder)}
+        found.append(part | {"output": log[-KEPT:]})
     return found
+
+
+def _without_paths(text: str, parts: Path) -> str:
+    """Where a machine keeps its things is nobody's business who reads a result."""
+    for path, name in ((str(parts), "PARTS"), (sys.executable, "python"), (f"{ROOT}/", ""), (str(Path.home()), "~")):
+        text = text.replace(path, name)
+    return text
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -30,7 +39,7 @@ def record(folder: Path) -> dict[str, Any]:
     return {
         "machine": machine(device()), "parts": parts_of(folder),
         "training": json.loads(training.read_text()) if training.exists() else {"records": {}},
-        "kernels": kernels.read_text() if kernels.exists() else "",
+        "kernels": _without_paths(kernels.read_text(), folder) if kernels.exists() else "",
     }  # fmt: skip
 
 

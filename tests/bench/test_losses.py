@@ -71,9 +71,9 @@ def test_refused_side_has_no_speed() -> None:
     """The record of a side that disagrees keeps its losses and loses its microseconds; one that agrees keeps both."""
     w = WORKLOADS["autoencoder"]
     good, bad = trail(run("autoencoder")), trail(run("autoencoder", spoil=3.0))
-    found = _judged(w, {"plain": {"us": 5.0, "trail": good}, "mine": {"us": 1.0, "trail": bad}, "ignite": {"us": 6.0, "trail": good}})
-    assert "us" not in found["mine"]
-    assert "autoencoder: mine and plain do not train alike" in found["mine"]["refused"]
+    found = _judged(w, {"plain": {"us": 5.0, "trail": good}, "fabric": {"us": 1.0, "trail": bad}, "ignite": {"us": 6.0, "trail": good}})
+    assert "us" not in found["fabric"]
+    assert "autoencoder: fabric and plain do not train alike" in found["fabric"]["refused"]
     assert found["ignite"]["us"] == 6.0
 
 

@@ -128,9 +128,11 @@ def test_qualify_record_puts_failures_on_top(tmp_path: Path) -> None:
     for name in ("tests", "kernels", "training"):
         (tmp_path / f"{name}.log").write_text(f"first\nlast of {name}\n")
     (tmp_path / "training.json").write_text(json.dumps(KEPT))
+    (tmp_path / "kernels.md").write_text(f"{sys.executable} bench/kernels.py --out {tmp_path}/kernels.md")
     kept = gpu_record(tmp_path)
     text = gpu_page(kept)
     wanted = ("**tests: with 1.**", "**kernels: its time was over.**", "last of training", "dcgan: plain takes 0.90")
     places = [text.index(s) for s in wanted]
     assert places == sorted(places)
     assert json.loads(json.dumps(kept)) == kept
+    assert str(tmp_path) not in text, "a machine path in a result"
