@@ -93,6 +93,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     module, loader, options = _made_by(arguments.factory)
     from fasttrain.errors import CaptureError
     from fasttrain.fit import compile_fit
+    from fasttrain.graphs.cut import CUT_THERE
 
     quiet = {"max_steps": 1, "max_epochs": -1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
@@ -103,7 +104,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         return NOT_CAPTURED
     print(trainer.explain())
     assert trainer.result is not None
-    return NOT_CAPTURED if any(not o.done for o in trainer.result.capture.obstacles) else 0
+    return NOT_CAPTURED if any(o.done in ("", CUT_THERE) for o in trainer.result.capture.obstacles) else 0
 
 
 def _made_by(name: str) -> tuple[Any, Any, dict[str, Any]]:

@@ -107,8 +107,8 @@ class Snapshot:
         for parameter, grad in self._grads:
             parameter.grad = grad
         for m, attributes, names in self._attributes:
-            for name in [n for n in m.__dict__ if n not in names]:
-                del m.__dict__[name]
+            for name in [n for n, v in m.__dict__.items() if n not in names and not isinstance(v, type)]:
+                del m.__dict__[name]  # a class made on the way (a namedtuple for outputs) stays: made anew it would be another one
             _restore_attributes(m, attributes)
         for m, training in self._modes:
             m.training = training

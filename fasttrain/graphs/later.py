@@ -232,12 +232,14 @@ def _write(name: str, of: Any, value: Any) -> None:
 
 
 def expression(node: torch.fx.Node, read: Callable[[torch.fx.Node], Made]) -> Made:
-    """A number made of ``.item()`` of tensors and of constants, computed as Python would. LookupError for any other.
+    """A number made of ``.item()`` of tensors, of Python's ints and of constants, computed as Python would. LookupError for any other.
 
-    ``read``: how the number in a node's tensor is got at.
+    ``read``: how the number in a node's tensor, or the int that a node is, is got at.
     """
     if (node.op, node.target) == ("call_method", "item"):
         return read(node.args[0])  # type: ignore[arg-type]
+    if node.op == "placeholder" and isinstance(node.meta.get("example_value"), torch.SymInt):
+        return read(node)
     if node.op not in ("call_function", "call_method") or node.kwargs:
         raise LookupError
     parts = [expression(a, read) if isinstance(a, torch.fx.Node) else _constant(a) for a in node.args]

@@ -242,8 +242,13 @@ def _made(variable: Any, values: list[Any], tx: Any, kept: bool) -> Made:
 
 
 def _read_from(node: torch.fx.Node, values: list[Any], tx: Any) -> Made:
-    """The tensor whose ``.item()`` is a number: it is read later."""
+    """The tensor whose ``.item()`` is a number: it is read later. An int is given back as it is: floats made of it would be frozen."""
+    from torch._dynamo.variables.tensor import SymNodeVariable
+
     place = len(values)
+    if isinstance(node.meta["example_value"], torch.SymInt):
+        values.append(SymNodeVariable.create(tx, torch.fx.Proxy(node, tx.output.current_tracer), node.meta["example_value"]))
+        return lambda v: v[place]
     values.append(_copy_of(torch.fx.Proxy(node, tx.output.current_tracer), tx))
     return lambda v: v[place].item()
 

@@ -24,7 +24,18 @@ from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepSpec, gradients_of
 from fasttrain.graphs.recurrent import whole_layers
 from fasttrain.graphs.speculated import Speculation
-from fasttrain.graphs.tracer import DYNAMO, VALIDATION, chance_apart, compiled, left_detached, passing, transformers, unvalidated
+from fasttrain.graphs.tracer import (
+    DYNAMO,
+    VALIDATION,
+    chance_apart,
+    compiled,
+    left_detached,
+    lengths_asked_gently,
+    passing,
+    transformers,
+    unvalidated,
+    without_inference_mode,
+)
 from fasttrain.results import Build, Obstacle
 
 VARYING = ("batch_idx", "global_step", "batches_seen")  # a guard on one of these fails at the next step
@@ -105,6 +116,8 @@ class Trace:
             self._lifted.lifting(),
             looked_up(),
             chance_apart(),
+            without_inference_mode(),
+            lengths_asked_gently(),
             passing(),
             left_detached(gradients_of.__code__),
             stood_in(),
@@ -173,8 +186,8 @@ class Trace:
 
 def _fewer_and_fewer(kept: Kept) -> list[Kept]:
     """What is left to the host, in the order to be tried: a counter that is asked for keeps no list in the trace."""
-    tried = (replace(kept, metrics=True), Kept(containers=kept.containers, metrics=True), Kept(containers=kept.containers))
-    return [k for k in dict.fromkeys(tried) if k]
+    containers = Kept(containers=kept.containers)
+    return list(dict.fromkeys((replace(kept, metrics=True), replace(containers, metrics=True), Kept(metrics=True), containers)))
 
 
 @contextmanager

@@ -179,6 +179,42 @@ def chance_apart() -> Iterator[None]:
 
 
 @contextmanager
+def lengths_asked_gently() -> Iterator[None]:
+    """Within a trace: a sequence that may not be asked how long it is (e3nn's ``Irreps``) is known by what it is."""
+    from torch._dynamo.guards import GuardBuilder
+
+    before: Any = GuardBuilder.SEQUENCE_LENGTH
+
+    @functools.wraps(before)
+    def length(this: Any, guard: Any) -> None:
+        try:
+            len(this.get(guard))
+        except NotImplementedError:
+            this.ID_MATCH(guard)
+        else:
+            before(this, guard)
+
+    with instead(GuardBuilder, "SEQUENCE_LENGTH", length):
+        yield
+
+
+@contextmanager
+def without_inference_mode() -> Iterator[None]:
+    """Within a trace: ``torch.inference_mode`` is ``no_grad``, which computes the same; no graph takes its tensors apart."""
+    from torch._dynamo.variables.ctx_manager import GradModeVariable, InferenceModeVariable
+
+    before: Any = InferenceModeVariable.create
+
+    def create(tx: Any, target_value: Any, **kwargs: Any) -> Any:
+        if target_value is True:
+            return GradModeVariable.create(tx, False, initialized=False)
+        return before(tx, target_value, **kwargs)
+
+    with instead(InferenceModeVariable, "create", staticmethod(create)):
+        yield
+
+
+@contextmanager
 def passing() -> Iterator[None]:
     """Within a trace: an object of ours that stands in for another passes for it with ``isinstance``, as it does outside."""
     from torch._dynamo.variables import BuiltinVariable, ConstantVariable, UserDefinedObjectVariable

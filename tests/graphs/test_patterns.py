@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -247,7 +248,48 @@ def test_an_attribute_that_answers_no_question() -> None:
             super().__init__()
             self.irreps = Peculiar((1, 2))
 
+        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step(batch) * sum(self.irreps)
+
     assert both(Keeps)[1].capture.whole
+
+
+class LogsUnderInference(Net):
+    """scvi's: what it logs is computed in inference mode, from tensors of the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.told(loss, batch[0])
+        return loss
+
+    @torch.inference_mode()
+    def told(self, loss: Tensor, x: Tensor) -> None:
+        self.log("loss", loss.detach(), on_epoch=True)  # type: ignore[operator]
+        self.log("count", float(self.trainer.global_step), on_epoch=True)  # type: ignore[operator]
+        print("mean", float(x.mean()))
+
+
+def test_inference_mode_in_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a graph it is no_grad; a float made of the step's number is the host's, or it would be frozen."""
+    eager, captured, _, _ = both(LogsUnderInference)
+    assert captured.capture.whole
+    assert eager.metrics["count"] == captured.metrics["count"]
+    said = [float(line.removeprefix("mean ")) for line in capsys.readouterr().out.splitlines()]
+    assert len(said) == 24
+    assert said[:12] == pytest.approx(said[12:], abs=1e-6)
+
+
+class MakesAClass(Net):
+    """pytorch-forecasting's: the first step makes a class for the network's output, and keeps it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not hasattr(self, "kind"):
+            self.kind = namedtuple("Out", ["loss"])
+        return self.kind(self.loss(batch)).loss
+
+
+def test_a_class_made_on_the_way_stays() -> None:
+    assert both(MakesAClass)[1].capture.whole
 
 
 class Named(NamedTuple):
