@@ -106,6 +106,9 @@ def _notes(case: Mapping[str, Any]) -> list[str]:
                 f"- **{case['name']}**, {name}: {' / '.join(side['error'].split(chr(10)))[:700]} [{'; '.join(side.get('frames', [])[-3:])}]"
             ] = None
         for o in side.get("capture", {}).get("obstacles", []):
-            found[f"- {case['name']}: {o['where'] or '(no place)'}: {o['reason']} {o['advice']}"] = None
+            if o.get("done") and not o["done"].startswith("it runs as it is"):
+                continue  # dealt with, and the step is whole there
+            cost = "" if o.get("cost_us") is None else f" ({o['cost_us']:.0f} us a step)"
+            found[f"- {case['name']}: {o['where'] or '(no place)'}: {o['reason'].split(' (')[0]}{cost}"] = None
         found |= {f"- {case['name']}, the tracer stopped at {b}": None for b in side.get("breaks", [])}
     return list(found)

@@ -25,6 +25,8 @@ PURE = frozenset(
         *(os.cpu_count, os.getpid, platform.node, platform.system, platform.machine, socket.gethostname),
     )
 )
+# What is installed stays installed. Named, for they are others' functions, which are not imported to find out.
+INSTALLED = frozenset((("skbase.utils.dependencies._dependencies", "_check_soft_dependencies"), ("importlib.metadata", "version")))
 PLAIN = (type(None), bool, int, float, str, bytes, slice)
 LABELS = ("columns", "index")  # of a table: immutable objects, replaced when the table gets others
 
@@ -77,7 +79,7 @@ def _called(variable: Any) -> Any:
 
 def _is_pure(function: Any) -> bool:
     try:
-        return function in PURE
+        return function in PURE or (getattr(function, "__module__", ""), getattr(function, "__name__", "")) in INSTALLED
     except TypeError:  # no hash
         return False
 
