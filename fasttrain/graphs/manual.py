@@ -17,6 +17,7 @@ from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, detached, fo
 from fasttrain.graphs.scale import LossScale
 from fasttrain.graphs.tail import clip_gradients, trainable_params
 from fasttrain.graphs.traced import TracedCall
+from fasttrain.graphs.tracer import unvalidated
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options
 from fasttrain.results import LogKey, Obstacle
@@ -223,8 +224,9 @@ class ManualStep:
         self._switched: list[tuple[Tensor, bool]] = []
         self._keys: tuple[LogKey, ...] = ()
         if cut is not None:  # between stretches, as they are
-            for verb in ("backward", "step", "zero_grad", "clip", "toggle", "move", "taken"):
-                setattr(self, verb, torch.compiler.disable(getattr(self, verb)))  # type: ignore[no-untyped-call]
+            with unvalidated():  # torch switches it off for the process at the first such call
+                for verb in ("backward", "step", "zero_grad", "clip", "toggle", "move", "taken"):
+                    setattr(self, verb, torch.compiler.disable(getattr(self, verb)))  # type: ignore[no-untyped-call]
 
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         self.moved, self._last, self._refused = [0] * len(self._optimizers), None, False
