@@ -81,6 +81,7 @@ class Snapshot:
     def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None, others: Sequence[Any] = ()) -> None:
         self._module = module
         self._tensors = [(t, t.detach().clone()) for t in _tensors(module)]
+        self._trains = [(p, p.requires_grad) for p in module.parameters()]
         self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
         own = [o for o in _held(module) if all(o is not known for known in (*(optimizers or ()), *others))]
         optimizers = [*(optimizers or []), *(o for o in own if isinstance(o, torch.optim.Optimizer))]
@@ -90,7 +91,8 @@ class Snapshot:
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers]
         self._groups = [(g, {k: (v, _kept(v)) for k, v in g.items() if k != "params"}) for o in optimizers for g in o.param_groups]
         self._registered: list[tuple[Any, dict[str, Any]]] = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers)]
-        self._streams = [(s, _stream_state(s)) for m in module.modules() for s in m.__dict__.values() if _is_stream(s)]
+        owners = (*module.modules(), *_helpers(module))
+        self._streams = [(s, _stream_state(s)) for o in owners for s in o.__dict__.values() if _is_stream(s)]
         self._rng = rng_state()
 
     @torch.no_grad()
@@ -104,6 +106,9 @@ class Snapshot:
             _set_stream_state(stream, state)
         for tensor, value in self._tensors:
             tensor.copy_(value)
+        for parameter, trains in self._trains:
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
         for parameter, grad in self._grads:
             parameter.grad = grad
         for m, attributes, names in self._attributes:
@@ -162,12 +167,19 @@ def _held(module: nn.Module) -> list[Any]:
 
 def _is_stream(value: Any) -> bool:
     """A random generator of the module's own: torch's, Python's or numpy's."""
-    return isinstance(value, (torch.Generator, random.Random)) or hasattr(value, "bit_generator")
+    return isinstance(value, (torch.Generator, random.Random)) or hasattr(value, "bit_generator") or _is_older(value)
+
+
+def _is_older(value: Any) -> bool:
+    """numpy's ``RandomState``; numpy is not imported to find out."""
+    return type(value).__name__ == "RandomState" and hasattr(value, "get_state")
 
 
 def _stream_state(stream: Any) -> Any:
     if isinstance(stream, torch.Generator):
         return stream.get_state()
+    if _is_older(stream):
+        return stream.get_state(legacy=False)
     return stream.getstate() if isinstance(stream, random.Random) else stream.bit_generator.state
 
 
@@ -176,6 +188,8 @@ def _set_stream_state(stream: Any, state: Any) -> None:
         stream.set_state(state)
     elif isinstance(stream, random.Random):
         stream.setstate(state)
+    elif _is_older(stream):
+        stream.set_state(state)
     else:
         stream.bit_generator.state = state
 

@@ -85,7 +85,7 @@ def checking() -> Iterator[None]:
     methods: Any = TensorVariable.call_method
 
     def call_torch(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        condition = on_data(args[0], tx) if this.value is torch._assert and args and not _is_caught(tx) else None
+        condition = on_data(args[0], tx) if this.value is torch._assert and args and not is_caught(tx) else None
         if condition is not None:
             return asserted(condition, tx)
         shapes = [shape_of(a) for a in args] if this.value is torch.equal and _decides(tx) else [None]
@@ -135,7 +135,7 @@ def _decides(tx: Any) -> bool:
 def _or_check(handler: Handler, jumps_if: bool) -> Handler:
     def jump(tx: Any, inst: Any) -> None:
         stays, jumps = _raise_from(tx, tx.instruction_pointer), _raise_from(tx, tx.indexof[inst.target])
-        condition = on_data(tx.stack[-1], tx) if (stays is None) != (jumps is None) and not _is_caught(tx) else None
+        condition = on_data(tx.stack[-1], tx) if (stays is None) != (jumps is None) and not is_caught(tx) else None
         if condition is None:
             handler(tx, inst)
             return
@@ -157,7 +157,7 @@ def _raise_from(tx: Any, start: int) -> Any:
     return None
 
 
-def _is_caught(tx: Any) -> bool:
+def is_caught(tx: Any) -> bool:
     """May somebody around this instruction go on after an exception? A ``with`` of torch's does not, a ``finally`` neither."""
     while tx is not None:
         if tx.active_generic_context_managers:  # somebody's own ``with``
@@ -186,23 +186,34 @@ def on_data(variable: Any, tx: Any) -> Any:
     return variable if shape is not None and shape.numel() == 1 else None
 
 
-def _as_tensor(number: Any, tx: Any) -> Any:
-    """A number made of ``.item()`` of tensors and of constants, as a tensor; None for any other."""
+def _as_tensor(number: Any, tx: Any, exact: Any = None) -> Any:
+    """A number made of ``.item()`` of tensors and of constants, as a tensor; None for any other.
+
+    ``exact``: the dtype that all of it is computed in, as Python computes: float64 where a float is among them.
+    """
     from torch._dynamo.variables.builder import wrap_fx_proxy
+
+    exact = exact or (torch.float64 if _has_float(number) else None)
 
     def call(op: str, target: Any, *args: Any) -> Any:
         return wrap_fx_proxy(tx, tx.output.create_proxy(op, target, args, {}))
 
     if (number.op, number.target) == ("call_method", "item"):
         tensor = torch.fx.Proxy(number.args[0], tx.output.current_tracer)
-        exact = torch.float64 if number.args[0].meta["example_value"].is_floating_point() else None
         return call("call_method", "detach", tensor) if exact is None else call("call_method", "to", tensor, exact)
     if number.op != "call_function" or number.target not in ON_NUMBERS:
         return None
-    args = [_as_tensor(a, tx) if isinstance(a, torch.fx.Node) else a for a in number.args]
+    args = [_as_tensor(a, tx, exact) if isinstance(a, torch.fx.Node) else a for a in number.args]
     if None in args:
         return None
     return call("call_function", number.target, *(a.as_proxy() if hasattr(a, "as_proxy") else a for a in args))
+
+
+def _has_float(number: Any) -> bool:
+    if not isinstance(number, torch.fx.Node):
+        return isinstance(number, float)
+    example = number.meta.get("example_value")
+    return (isinstance(example, torch.Tensor) and example.is_floating_point()) or any(map(_has_float, number.args))
 
 
 def shape_of(variable: Any) -> torch.Size | None:

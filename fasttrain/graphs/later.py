@@ -274,6 +274,8 @@ def kept_by(changed: list[Any], guards: set[str], effects: Any, named: Callable[
             continue
         if type(variable).__name__ in CONTAINERS:
             containers.add(place)
+        if isinstance(held(variable), type):  # what a class holds is read under other names too
+            continue
         for name, value in getattr(effects, "store_attr_mutations", {}).get(variable, {}).items():
             value = value.realize() if hasattr(value, "realize") else value
             read = (f"{place}.{name}", f"{place}._buffers['{name}']")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import logging
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.graphs.checks import is_caught
 from fasttrain.graphs.explain import traced_place
 from fasttrain.graphs.later import (
     MARK,
@@ -103,6 +106,8 @@ class Lifted:
         """A lifted call's result, for the host alone."""
         from torch._dynamo.exc import Unsupported
 
+        if function is not _itself and is_caught(tx):
+            raise Unsupported(f"host work that may raise, with somebody who catches it: {function}")
         if kept and getattr(args[0], "metric", False):  # no graph sees what it makes of what it is given: that needs no gradient
             args, kwargs = [without_gradient(a, tx) for a in args], {k: without_gradient(v, tx) for k, v in kwargs.items()}
             kept = False
@@ -169,8 +174,16 @@ class Lifted:
                 return ConstantVariable.create(None)
             return says(this, tx, name, args, kwargs)
 
+        left: set[int] = set()  # objects that are the host's
+        ours: set[int] = set()  # and containers of the trace's
+
         def wrap(this: Any, value: Any) -> Any:
-            if self.kept.containers and name_of(this.source) in self.kept.containers:
+            is_left = bool(self.kept.containers) and name_of(this.source) in self.kept.containers
+            if id(value) in (ours if is_left else left):
+                raise Unsupported("one container under two names, of which the host has one")
+            if isinstance(value, (list, dict, set, collections.deque)):
+                (left if is_left else ours).add(id(value))
+            if is_left:
                 this.install_guards(GuardBuilder.TYPE_MATCH)
                 return self.found(this.tx, _itself, [placed()(source=this.source)], {})
             if self.kept.metrics and is_metric_object(value) and this.source is not None:
@@ -206,9 +219,13 @@ def _made(variable: Any, values: list[Any], tx: Any, kept: bool) -> Made:
 
     if hasattr(variable, "realize"):
         variable = variable.realize()
+    if kept and isinstance(variable, (variables.ListVariable, variables.ConstDictVariable)):
+        if variable.source is not None:  # it is to be that very object
+            raise LookupError
+        given(tx.output).append((variable, _items_of(variable)))
     if variable.is_python_constant():
         constant = variable.as_python_constant()
-        return lambda _: constant
+        return (lambda _: constant) if isinstance(constant, Hashable) else lambda _: copy.deepcopy(constant)  # a new one each time
     if isinstance(variable, StringFormatVariable):
         form = variable.format_string
         parts = [_made(_number(a, tx), values, tx, kept) for a in variable.sym_args]
@@ -239,6 +256,23 @@ def _made(variable: Any, values: list[Any], tx: Any, kept: bool) -> Made:
     else:
         raise LookupError
     return lambda v: v[place]
+
+
+def given(output: Any) -> list[tuple[Any, list[Any]]]:
+    """New containers of this trace that the host was given to keep, and what they held then."""
+    found: list[tuple[Any, list[Any]]] = output.__dict__.setdefault("given_to_host", [])
+    return found
+
+
+def changed_since(output: Any) -> bool:
+    """Was one of them changed after? What the host keeps is another."""
+    return any(len(then) != len(now) or any(a is not b for a, b in zip(then, now, strict=True))
+               for variable, then in given(output) for now in (_items_of(variable),))  # fmt: skip
+
+
+def _items_of(variable: Any) -> list[Any]:
+    items = variable.items
+    return [x for pair in items.items() for x in pair] if isinstance(items, dict) else list(items)
 
 
 def _read_from(node: torch.fx.Node, values: list[Any], tx: Any) -> Made:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -35,30 +36,40 @@ class HookedStep(EagerStep):
         # A module that clips by itself leaves nothing to clip; unscaling comes before the hooks, so it is torch's.
         self._fused_options = replace(options, gradient_clip_val=None) if self.tail.clip is not None else options
         self._fused: FusedTail | None = None
-        self._dirty = False
         self._bind_tail()
-
-    def refresh(self) -> None:
-        """Somebody's code ran."""
-        self._dirty = True
 
     def update_step(self, rescale: float) -> int:
         """As on the eager rung; where the optimizer allows it, what follows the hooks is one fused call."""
-        if self._dirty:
-            self._dirty = False
-            self._look_again()
-        gradients = [p.grad for p in self.params]
-        if self._fused is None or rescale != 1.0 or any(g is not None and g.layout is not torch.strided for g in gradients):
+        self._look_again()  # the step itself is somebody's code
+        if self._fused is None or rescale != 1.0 or self._by_torch():
             return super().update_step(rescale)
-        bad, self._bad = self._bad, None
         if self.tail.before_step is not None:
             self.tail.before_step()
         if self.tail.clip is not None:
             self.tail.clip()
+        if self._by_torch():  # since those hooks
+            with self._hooks_behind():
+                return super().update_step(rescale)
+        bad, self._bad = self._bad, None
         return 1 if self._fused.step([p.grad for p in self.params], 1.0, bad) else REFUSED
 
+    def _by_torch(self) -> bool:
+        """Is there a gradient that the fused update does not take: sparse, or one that somebody has given to a frozen parameter?"""
+        mine = {id(p) for p in self.params}
+        there = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return any(id(p) not in mine or p.grad.layout is not torch.strided for p in there)
+
+    @contextmanager
+    def _hooks_behind(self) -> Iterator[None]:
+        before = self.tail.before_step, self.tail.clip
+        self.tail.before_step, self.tail.clip = None, None if before[1] is None else lambda: None
+        yield
+        self.tail.before_step, self.tail.clip = before
+
     def _zero_grad(self, batch_idx: int) -> None:
-        if self._hooks.owned("optimizer_zero_grad") or type(self._optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
+        optimizer = self._optimizer
+        own = "zero_grad" in optimizer.__dict__ or type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad
+        if own or self._hooks.owned("optimizer_zero_grad"):
             super()._zero_grad(batch_idx)
             return
         self._hooks.fire("on_before_zero_grad", self._optimizer)
@@ -67,7 +78,10 @@ class HookedStep(EagerStep):
                 p.grad = None
 
     def _bind_tail(self) -> None:
+        self._step_seen = _step_of(self._optimizer)
         plain = not self.takes_closure and self._scaler is None and tail_obstacle(self._optimizer, self.params) is None
+        # The eager rung leaves clipped gradients for everybody to see.
+        plain = plain and (self.rung != "eager" or self._fused_options.gradient_clip_val is None)
         self._fused = FusedTail(self._optimizer, self.params, self._fused_options, None, self._spec.norms) if plain else None
 
     def _look_again(self) -> bool:
@@ -78,6 +92,7 @@ class HookedStep(EagerStep):
             raise frozen(self._optimizer, f"optimizer {self._index}")
         if changed:
             self.params, self._leaves = [*now, *still_moved(self.params, [p.grad for p in self.params])], now
+        if changed or _step_of(self._optimizer) != self._step_seen:
             self._bind_tail()
         if self._fused is not None:
             self._fused.refresh()
@@ -153,6 +168,12 @@ class CutStep(HookedStep):
     ) -> None:  # fmt: skip
         super().__init__(trainable, spec, optimizer, options, scaler, hooks, index)
         self.function = self.cut = CutFunction(trainable.step("train"), spec, build)
+
+
+def _step_of(optimizer: torch.optim.Optimizer) -> tuple[Any, bool]:
+    """What makes torch's own step another: one put on the object, or hooks."""
+    hooks = (getattr(optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"))
+    return optimizer.__dict__.get("step"), any(hooks)
 
 
 def _accumulate(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], *, told: bool, already: bool) -> None:

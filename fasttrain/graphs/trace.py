@@ -18,7 +18,7 @@ from fasttrain.errors import CaptureError
 from fasttrain.graphs.checks import Checked, CheckFailed, checking, checks_of, has_checks, versions_of
 from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.later import CLOCKS, MARK, Kept, held, kept_by
-from fasttrain.graphs.lifted import HostWorkError, Lifted, name_of
+from fasttrain.graphs.lifted import HostWorkError, Lifted, changed_since, name_of
 from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepSpec, gradients_of
@@ -142,6 +142,7 @@ class Trace:
         return True
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
         from torch._inductor.compile_fx import compile_fx
 
         entry = Entry(self._lifted)
@@ -149,6 +150,8 @@ class Trace:
         if entry.kept and self._kept is None:
             self._kept = _fewer_and_fewer(entry.kept)
             raise CaptureError("what is kept on the host is lifted now")
+        if changed_since(InstructionTranslator.current_tx().output):
+            raise CaptureError("a container that the host was given to keep is changed after")
         if frozen_float(graph):
             raise CaptureError(
                 "a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "

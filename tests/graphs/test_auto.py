@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +109,85 @@ def test_a_named_rung_with_other_gradients_is_refused() -> None:
 
 
 class Unsteady(Net):
-    """Another step each time it is called, eagerly too."""
+    """Another step each time it is called, eagerly too: nobody winds a file back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.file = io.StringIO()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx) * (1.0 + os.urandom(1)[0])
+        self.file.write("x")
+        return super().training_step(batch, batch_idx) * (1.0 + self.file.tell() % 3)
 
 
 def test_a_step_that_is_never_the_same_is_not_called_wrong() -> None:
     """Nothing can be said of its capture by one look."""
     result = fasttrain.compile_fit(Unsteady(), max_epochs=1, capture="compile", **QUIET).fit(batches([8] * 3))
     assert result.capture.rung == "compile"
+
+
+class Unfreezes(Net):
+    """In the middle of a step, at the fifth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        next(self.parameters()).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
+        if self.calls == 5:
+            next(self.parameters()).requires_grad_(True)
+        return super().training_step(batch, batch_idx)
+
+
+class WritesGradients(Net):
+    """Of a parameter that does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        next(self.parameters()).requires_grad_(False)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        p = next(self.parameters())
+        p.grad = torch.ones_like(p)
+
+
+class OwnZeroGrad(Net):
+    """Put on the object."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer.zero_grad = lambda set_to_none=True: [p.grad.mul_(0.5) for p in self.parameters() if p.grad is not None]
+        return optimizer
+
+
+@pytest.mark.parametrize("make", [Unfreezes, WritesGradients, OwnZeroGrad])
+def test_what_is_not_captured_is_a_plain_loop(make: type[Net], folder: Path) -> None:
+    """The fused update takes what torch's would, whoever has changed it since."""
+    weights = []
+    for capture in ("eager", "auto"):
+        torch.manual_seed(1)
+        module = make()
+        result = fasttrain.compile_fit(module, max_epochs=1, capture=capture, **QUIET).fit(batches([8] * 8))
+        assert result.capture.rung == "eager"
+        weights.append([p.detach() for p in module.parameters()])
+    for x, y in zip(*weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_clipped_gradients_are_there_to_be_seen(folder: Path) -> None:
+    """Behind the step, as a plain loop leaves them."""
+
+    class Sees(Net):
+        seen: tuple[float, ...] = ()
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.seen += (float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])),)
+
+    module = Sees()
+    fasttrain.compile_fit(module, max_epochs=1, gradient_clip_val=1e-3, **QUIET).fit(batches([8] * 3))
+    assert module.seen == pytest.approx([1e-3] * 3, rel=1e-2)
 
 
 def test_the_key_knows_the_loss() -> None:

@@ -247,6 +247,44 @@ class Times(Net):
         return loss
 
 
+class TwoNames(Net):
+    """One list, written under one name and read under the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats["loss"] = self.history
+
+    def tell(self, loss: Tensor) -> Any:
+        self.history.append(loss.item())
+        return loss * (1.0 if len(self.stats["loss"]) < 4 else 0.5)
+
+
+class FilledLater(Net):
+    """A record that is kept first and filled then."""
+
+    def tell(self, loss: Tensor) -> None:
+        record: dict[str, float] = {}
+        self.history.append(record)
+        record["loss"] = loss.item()
+
+
+class Catches(Net):
+    """An error that is part of the plan."""
+
+    def tell(self, loss: Tensor) -> None:
+        try:
+            self.stats["seen"] += 1
+        except KeyError:
+            self.stats["seen"] = 1
+
+
+@pytest.mark.parametrize("make", [TwoNames, FilledLater, Catches])
+def test_what_the_host_is_given_is_what_it_keeps(make: type[Net]) -> None:
+    """Whatever that does to the graph."""
+    result, _ = compared(make)
+    assert result.capture.rung == "compile"
+
+
 def test_clocks() -> None:
     """A clock read before anything is computed tells the step's start, any other its end."""
     result, module = fit(Times, "compile")

@@ -194,6 +194,25 @@ def test_whole(make: type[Net]) -> None:
     assert captured.capture.traces <= 2
 
 
+class DrawsByNumpy(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return self.loss((x + torch.from_numpy(np.random.randn(*x.shape)).float() * 0.1, y))
+
+
+def test_numpys_random_numbers_are_the_eager_ones() -> None:
+    left = []
+    for capture in ("eager", "compile"):
+        torch.manual_seed(0)
+        np.random.seed(7)
+        module = DrawsByNumpy()
+        fasttrain.compile_fit(module, capture=capture, **QUIET).fit(batches())
+        left.append((module, np.random.rand(), torch.rand(())))
+    assert left[0][1:] == left[1][1:]
+    for p, q in zip(left[0][0].parameters(), left[1][0].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-5, atol=1e-6)
+
+
 class Draws(Net):
     """Python's own random numbers: in a graph they were others, and ``uniform`` gave none at all."""
 
