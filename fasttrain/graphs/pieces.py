@@ -84,7 +84,7 @@ class HookedStep(EagerStep):
         plain = plain and (self.rung != "eager" or self._fused_options.gradient_clip_val is None)
         self._fused = FusedTail(self._optimizer, self.params, self._fused_options, None, self._spec.norms) if plain else None
 
-    def _look_again(self) -> bool:
+    def _look_again(self) -> None:
         """Somebody's code ran: do other parameters train now?"""
         now = trainable_params(self._optimizer)
         changed = [id(p) for p in now] != [id(p) for p in self._leaves]
@@ -96,7 +96,6 @@ class HookedStep(EagerStep):
             self._bind_tail()
         if self._fused is not None:
             self._fused.refresh()
-        return changed
 
 
 class EagerFusedStep(HookedStep):
@@ -131,6 +130,12 @@ class PiecedStep(HookedStep):
     def refresh(self) -> None:
         self.call.dirty = True
 
+    def _look_again(self) -> None:
+        before = self.params
+        super()._look_again()
+        if self.params is not before:  # before an update too: a hook behind the backward pass may have unfrozen some
+            self.call.bind(make_micro_step(self._trainable, self._spec, self.params, self._index))
+
     def micro_step(self, batch: Any, batch_idx: int, *, first: bool, last: bool, divisor: int, opened: int) -> StepOutput:
         self.call.dirty = True  # the hooks of the step before were anybody's code
         return super().micro_step(batch, batch_idx, first=first, last=last, divisor=divisor, opened=opened)
@@ -141,8 +146,7 @@ class PiecedStep(HookedStep):
             self._divisor_value = divisor
             self._divisor.fill_(divisor)
         if call.dirty:
-            if self._look_again():
-                call.bind(make_micro_step(self._trainable, self._spec, self.params, self._index))
+            self._look_again()
             call.forget_moved()
         call.count += 1
         out = call.plan(batch) if call.plan is not None and not call.dirty else None

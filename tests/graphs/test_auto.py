@@ -141,6 +141,31 @@ class Unfreezes(Net):
         return super().training_step(batch, batch_idx)
 
 
+class UnfreezesBehindTheBackwardPass(Net):
+    """Between the captured piece and its update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        next(self.parameters()).requires_grad_(False)
+
+    def on_after_backward(self) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            next(self.parameters()).requires_grad_(True)
+
+
+def test_a_hook_behind_a_captured_piece_may_unfreeze() -> None:
+    weights = []
+    for capture in ("eager", "compile"):
+        torch.manual_seed(1)
+        module = UnfreezesBehindTheBackwardPass()
+        fasttrain.compile_fit(module, max_epochs=1, capture=capture, **QUIET).fit(batches([8] * 8))
+        weights.append([p.detach() for p in module.parameters()])
+    for x, y in zip(*weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)  # reassociated sums over eight AdamW steps of 1e-2
+
+
 class WritesGradients(Net):
     """Of a parameter that does not train."""
 
