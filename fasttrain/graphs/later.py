@@ -12,7 +12,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.graphs.checks import handled
 from fasttrain.graphs.tracer import instead
 from fasttrain.module import Sink
 
@@ -181,8 +182,8 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
         return var_getattr
 
     with ExitStack() as stack:
-        stack.enter_context(_at(("STORE_ATTR",), stores))
-        stack.enter_context(_at(ASKS, _asks))
+        stack.enter_context(handled([dis.opmap["STORE_ATTR"]], lambda before, _: stores(before)))
+        stack.enter_context(handled(map(dis.opmap.__getitem__, ASKS), lambda before, _: _asks(before)))
         for kind in (user_defined.UserDefinedObjectVariable, nn_module.UnspecializedNNModuleVariable):
             method = "var_getattr" if hasattr(kind, "var_getattr") else "tp_getattro_impl"  # as from torch 2.15 on
             stack.enter_context(instead(kind, method, reads(getattr(kind, method))))
@@ -203,24 +204,6 @@ def _asks(before: Any) -> Any:
         before(tx, inst)
 
     return ask
-
-
-@contextmanager
-def _at(names: Iterable[str], instead_of: Callable[[Any], Any]) -> Iterator[None]:
-    """Within: Dynamo does something else at some kinds of instruction."""
-    from torch._dynamo import symbolic_convert
-
-    kinds = [k for k in vars(symbolic_convert).values() if isinstance(k, symbolic_convert.BytecodeDispatchTableMeta)]
-    before = [(kind, kind.dispatch_table) for kind in kinds]
-    for kind, table in before:
-        kind.dispatch_table = [*table]
-        for code in map(dis.opmap.__getitem__, names):
-            kind.dispatch_table[code] = instead_of(table[code])
-    try:
-        yield
-    finally:
-        for kind, table in before:
-            kind.dispatch_table = table
 
 
 def _read(name: str, of: Any) -> Any:
