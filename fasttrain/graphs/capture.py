@@ -19,7 +19,7 @@ from fasttrain.graphs.contract import copied, describe
 from fasttrain.graphs.device_tail import DeviceTail
 from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
 from fasttrain.graphs.look import look, other_gradients, toggles_are_local
-from fasttrain.graphs.maker import StepMaker, tried
+from fasttrain.graphs.maker import StepMaker, tried, updates_fused
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.step import Step
 from fasttrain.graphs.tail import tail_obstacle, trainable_params
@@ -130,11 +130,11 @@ def _tail_name(maker: StepMaker) -> str:
 
 
 def _eager(maker: StepMaker, report: CaptureReport, why: str) -> tuple[Step, CaptureReport]:
-    report.rung, report.why = "eager", why
-    fused = maker.options.capture == "auto" and maker.trainable.form in ("single", "indexed")
-    report.tail = report.tail.replace(" behind a captured piece", "") if fused else "torch"
-    report.threads = torch.get_num_threads()
-    return maker.uncaptured(), report
+    step = maker.uncaptured()
+    report.rung, report.why, report.threads = "eager", why, torch.get_num_threads()
+    said = report.tail.replace(" behind a captured piece", "")
+    report.tail = said if updates_fused(step) or (maker.options.capture == "auto" and said.startswith("torch (")) else "torch"
+    return step, report
 
 
 def _traced(

@@ -191,6 +191,13 @@ def cut_functions(step: Step) -> list[CutFunction]:
     return [s.cut for s in steps if isinstance(s, (CutStep, ManualStep)) and s.cut is not None]
 
 
+def updates_fused(step: Step) -> bool:
+    """Is the update behind uncaptured operations a fused one?"""
+    if isinstance(step, SplitStep):
+        step = step.step
+    return all(isinstance(s, EagerFusedStep) and s.is_fused for s in (step.steps if isinstance(step, Turns) else [step]))
+
+
 def tried(step: Step, on: bool) -> None:
     """While a step is tried every optimizer has its turn; after it nothing is left of what it gathered and counted."""
     for call in step.calls:

@@ -103,6 +103,10 @@ class EagerFusedStep(HookedStep):
 
     rung = "eager"
 
+    @property
+    def is_fused(self) -> bool:
+        return self._fused is not None
+
 
 class PiecedStep(HookedStep):
     """Every hook and closure sees ``p.grad``, as on the eager rung; what they stand around is captured whole.

@@ -211,7 +211,8 @@ def test_clipped_gradients_are_there_to_be_seen(folder: Path) -> None:
             self.seen += (float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])),)
 
     module = Sees()
-    fasttrain.compile_fit(module, max_epochs=1, gradient_clip_val=1e-3, **QUIET).fit(batches([8] * 3))
+    result = fasttrain.compile_fit(module, max_epochs=1, gradient_clip_val=1e-3, **QUIET).fit(batches([8] * 3))
+    assert result.capture.tail == "torch"
     assert module.seen == pytest.approx([1e-3] * 3, rel=1e-2)
 
 
