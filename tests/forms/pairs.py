@@ -23,12 +23,6 @@ TRUE = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "64-true"]
 
-
-def bug(reason: str) -> Any:
-    """A promise that is broken today."""
-    return pytest.mark.xfail(reason=reason, strict=True)
-
-
 slow = pytest.mark.slow
 BOTH = ["eager", pytest.param("compile", marks=slow)]
 ALL = ["eager", "compile"]  # where a capture has most to lose
