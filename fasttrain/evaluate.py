@@ -12,7 +12,7 @@ import torch
 
 from fasttrain.data import END, Lookahead, Source
 from fasttrain.entries import check_place
-from fasttrain.graphs.capture import built_as
+from fasttrain.graphs.auto import built_as
 from fasttrain.graphs.contract import batch_size_of
 from fasttrain.graphs.evalstep import EvalStep
 from fasttrain.results import MetricView

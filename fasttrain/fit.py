@@ -200,6 +200,9 @@ class CompiledFit:
                     datamodule.on_exception(error)
                 tear_down(run, fn, datamodule, "failed")
                 raise
+            finally:
+                if run.maker is not None and run.maker.ahead is not None:
+                    run.maker.ahead.close()
 
 
 _RUNNING = threading.RLock()

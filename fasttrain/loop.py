@@ -104,7 +104,7 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
     by_epoch = [s for s in run.schedulers if s.interval == "epoch" and not s.reduce_on_plateau]
     plateaus = [s for s in run.schedulers if s.interval == "step" and s.reduce_on_plateau]
     ended = False
-    until = deadline(run)
+    until, due = deadline(run), _captured_from(run)
     if progress.phase:
         _finish_resumed_batch(run, interval, ahead.last)
     step = run.step
@@ -137,9 +137,9 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         if starts and _batch_start(run, batch, batch_idx) == -1:
             ended = True
             break
-        if step is None:
+        if step is None or (progress.batches_seen >= due and not progress.window_open):
             step = _capture(run, batch)
-            until = deadline(run)
+            until, due = deadline(run), _captured_from(run)
             _recorded_alone(run, seen=foreign or starts or ends, moves=bool(by_step or plateaus))
         if progress.window_open == 0:
             progress.divisor = divisor = window_length(batch_idx, window, total) if window > 1 else 1
@@ -193,8 +193,9 @@ def _capture(run: Run, batch: Any) -> Step:
     """Before the first batch is trained: a dry look at it, then the rung."""
     started = time.perf_counter()
     assert run.maker is not None
-    dry_look(run.maker, batch)
-    step, run.report = capture_step(run.maker, batch, _remaining_batches(run))
+    if run.step is None:
+        dry_look(run.maker, batch)
+    step, run.report = capture_step(run.maker, batch, _remaining_batches(run), may_wait=True)
     run.step, step.epoch = step, run.facade.progress.epoch
     run.facade.capture = run.report
     spent = time.perf_counter() - started
@@ -207,6 +208,11 @@ def _capture(run: Run, batch: Any) -> Step:
     run.display.restart_clock(run.facade)
     run.display.line(one_line(run.report))
     return step
+
+
+def _captured_from(run: Run) -> float:
+    """The batch of the fit at which a step that is compiled beside the others takes over."""
+    return run.maker.ahead.at if run.maker is not None and run.maker.ahead is not None else math.inf
 
 
 def _recorded_alone(run: Run, *, seen: bool, moves: bool) -> None:

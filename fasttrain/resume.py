@@ -74,7 +74,9 @@ def _decided(run: Run) -> dict[str, Any] | None:
     if run.step is None:
         return None
     build = vars(run.report.build) if run.report.build is not None else None
-    return {"rung": run.report.rung, "threads": run.report.threads, "build": build, "calls": [c.state() for c in run.step.calls]}
+    ahead = run.maker.ahead if run.maker is not None else None
+    decided = {"rung": run.report.rung, "threads": run.report.threads, "build": build, "calls": [c.state() for c in run.step.calls]}
+    return decided | ({} if ahead is None else {"from": ahead.at})
 
 
 def _hparams(run: Run) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fasttrain.graphs.ahead import Ahead
 from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.cuda import GraphStep
 from fasttrain.graphs.cut import CutFunction
@@ -59,6 +60,7 @@ class StepMaker:
     staging: Staging | None = None  # what brings batches to it
     launches: Launches | None = None  # steps that wait for others
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
+    ahead: Ahead | None = None  # who compiles beside the steps
 
     def eager(self) -> Step:
         """The truth: every form in plain torch."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fasttrain
-from fasttrain.graphs import decisions
+from fasttrain.graphs import auto, decisions
 from fasttrain.options import make_options
 from tests.graphs.test_compile_rung import QUIET, Net, batches
 
@@ -29,8 +29,9 @@ class StopAt(fasttrain.Callback):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Decisions of this test alone."""
+    """Decisions of this test alone, and at the first batch (``test_ahead.py`` has those that wait)."""
     monkeypatch.setattr(decisions, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(auto, "can_compile_ahead", lambda *given: False)
     return tmp_path
 
 

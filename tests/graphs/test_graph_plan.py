@@ -192,8 +192,8 @@ def test_a_capture_that_fails_goes_to_the_next_rung(device: FakeDevice, monkeypa
 def test_auto_measures_it(device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:  # noqa: F811
     """Gradients compared, steps timed with their graphs, everything put back: then the run is the eager one's."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("fasttrain.graphs.capture.SAVING", 1e9)
-    monkeypatch.setattr("fasttrain.graphs.capture._time", _counted_time(monkeypatch))
+    monkeypatch.setattr("fasttrain.graphs.auto.SAVING", 1e9)
+    monkeypatch.setattr("fasttrain.graphs.auto._time", _counted_time(monkeypatch))
     eager, a = train("eager", batches([8] * 9))
     result, b = train("auto", batches([8] * 9))
     assert result.capture.rung == "graph", result.capture.why
@@ -205,9 +205,9 @@ def test_auto_measures_it(device: FakeDevice, monkeypatch: pytest.MonkeyPatch, t
 
 def _counted_time(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The real measuring, whose outcome is that the captured step wins."""
-    from fasttrain.graphs import capture
+    from fasttrain.graphs import auto
 
-    real = capture._time
+    real = auto._time
 
     def time(maker: Any, step: Any, *args: Any) -> float:
         real(maker, step, *args)

@@ -1,0 +1,91 @@
+"""Compiling beside training: a process of its own fills torch's compile cache while eager steps are made.
+
+It makes nothing but files, so that the run's numbers depend on one thing alone: the batch, fixed in advance, from which
+the captured step is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fasttrain.options import Options
+
+LONGEST_S = 600.0  # to be waited for: what takes longer, or hangs, is compiled here and now
+SHARE = 8  # of the machine's memory, the part that weights may take: the process may write all of its copies
+_SETPARENTDEATH = 1  # prctl's PR_SET_PDEATHSIG
+
+
+def can_compile_ahead(module: nn.Module, options: Options, device: torch.device) -> bool:
+    """May there be such a process: a fork, of one in which nothing lives that does not survive it?"""
+    if not sys.platform.startswith("linux") or device.type != "cpu" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    if options.deterministic or options.verify or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sum(p.nbytes for p in module.parameters()) * SHARE <= memory
+
+
+class Ahead:
+    """``work`` in a forked process; ``at``: the batch of the fit that waits for it; ``threads``: what torch is to have again then."""
+
+    def __init__(self, at: int, threads: int, work: Callable[[], object]) -> None:
+        self.at, self.threads = at, threads
+        with warnings.catch_warnings():  # Python 3.12: of the threads that a fork leaves behind
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if self._pid == 0:
+            _be_the_child(work)
+
+    def wait(self, say: Callable[[str], None]) -> None:
+        """Until it has ended, however it did."""
+        began, told = time.monotonic(), False
+        while self._pid and time.monotonic() - began < LONGEST_S:
+            if os.waitpid(self._pid, os.WNOHANG)[0]:
+                self._pid = 0
+                break
+            if not told and time.monotonic() - began > 0.5:
+                told = True
+                say(f"batch {self.at}: waiting for the step that is compiled beside the run ...")
+            time.sleep(0.02)
+        self.close()
+
+    def close(self) -> None:
+        """It is not wanted any more. A compiler that it has called ends by itself: half a library in the cache would be found."""
+        pid, self._pid = self._pid, 0
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            end = time.monotonic() + 60.0
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                while time.monotonic() < end:
+                    os.killpg(pid, 0)
+                    time.sleep(0.02)
+
+
+def _be_the_child(work: Callable[[], object]) -> None:
+    try:
+        os.setpgid(0, 0)  # ctrl-C is for the run to hear
+        ctypes.CDLL(None).prctl(_SETPARENTDEATH, signal.SIGKILL)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nowhere, stream)
+        import torch._inductor.config as settings
+
+        settings.compile_threads = 1  # a pool of the parent's has no threads here
+        # Nor has OpenMP's; a thread that has not met OpenMP gets a pool of its own.
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    finally:
+        os._exit(0)

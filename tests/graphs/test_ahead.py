@@ -1,0 +1,184 @@
+"""A long run begins with eager steps while another process compiles, and takes the captured step at a batch fixed in advance."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fasttrain
+from fasttrain.graphs import auto, decisions
+from tests.graphs.test_compile_rung import QUIET, Net, batches
+
+FIRST = 30  # eager steps
+
+
+@pytest.fixture(autouse=True)
+def soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Decisions of this test alone; compiling is expected to take so many steps, and wins."""
+    folder = tmp_path / "decisions"
+    monkeypatch.setattr(decisions, "_folder", lambda: folder)
+    monkeypatch.setattr(auto, "_cost", lambda maker: FIRST * 1e-3)
+    monkeypatch.setattr(auto, "_time_eager", lambda maker, batch: (1e-3, 1))
+    real = auto._time
+
+    def time(maker: Any, step: Any, *args: Any) -> float:
+        real(maker, step, *args)
+        return 1e-3 if step.rung == "eager" else 1e-4
+
+    monkeypatch.setattr(auto, "_time", time)
+    return folder
+
+
+class Watch(fasttrain.Callback):
+    """The rung of every batch, the threads it had, and whether a process of ours lives."""
+
+    def __init__(self, stop: int = -1) -> None:
+        self.rungs: list[str] = []
+        self.threads: list[int] = []
+        self.children: set[int] = set()
+        self.stop = stop
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.rungs.append(trainer.capture.rung)
+        self.threads.append(torch.get_num_threads())
+        self.children |= _children()
+        trainer.should_stop = len(self.rungs) == self.stop
+
+
+def _children() -> set[int]:
+    return {int(p) for t in Path(f"/proc/{os.getpid()}/task").iterdir() for p in (t / "children").read_text().split()}
+
+
+def run(watch: Watch, tmp_path: Path, kind: type[Net] = Net, **options: Any) -> tuple[Any, Net]:
+    torch.manual_seed(1)
+    module = kind()
+    torch.manual_seed(2)
+    options = {"max_epochs": 20, "callbacks": [watch], "default_root_dir": tmp_path} | QUIET | options
+    ckpt = options.pop("ckpt_path", None)
+    return fasttrain.compile_fit(module, **options).fit(batches([8] * 12), ckpt_path=ckpt), module
+
+
+needs_fork = pytest.mark.skipif(not os.path.exists(f"/proc/{os.getpid()}/task"), reason="forks, and looks at them in /proc: Linux")
+
+
+@needs_fork
+def test_it_begins_eagerly_and_is_captured_at_the_batch_that_was_fixed(soon: Path, tmp_path: Path) -> None:
+    before = _children()
+    watch, threads = Watch(), torch.get_num_threads()
+    result, a = run(watch, tmp_path)
+    assert watch.rungs == ["eager"] * FIRST + ["compile"] * (240 - FIRST)
+    assert len(watch.children - before) == 1, "one process, and none of its own is ours"
+    assert _children() <= before, "it has ended, and was waited for"
+    assert torch.get_num_threads() == threads
+    assert max(watch.threads[:FIRST]) <= max(1, threads - 1), "a core is the compiler's"
+    assert result.capture.rung == "compile"
+    again = Watch()
+    _, b = run(again, tmp_path)
+    assert again.rungs == watch.rungs
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(x, y)
+    _, c = run(Watch(), tmp_path, capture="eager")
+    for x, y in zip(a.parameters(), c.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-3)  # 240 AdamW steps of other roundings
+
+
+@needs_fork
+def test_the_compile_cache_is_filled_beside(soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty cache the run finds every kernel made: nothing is compiled a second time."""
+    cache = tmp_path / "inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    made: list[dict[Path, int]] = []
+    real = auto.traced
+
+    def traced(maker: Any, *args: Any, **named: Any) -> Any:
+        if maker.ahead is None and args[2:3] == ("",) and os.getpid() == me:
+            made.append(_libraries(cache))
+        return real(maker, *args, **named)
+
+    me = os.getpid()
+    monkeypatch.setattr(auto, "traced", traced)
+
+    class Another(Net):
+        """What no other test has compiled: this process keeps in memory what it has."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx).mul(1.375).sinh()
+
+    run(Watch(), tmp_path, Another)
+    assert made, "the captured step was made here too"
+    assert made[0], "there were kernels already"
+    assert {p: n for p, n in _libraries(cache).items() if p in made[0]} == made[0], "and they were not made anew"
+
+
+def _libraries(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*.so")}
+
+
+@needs_fork
+def test_a_run_that_ends_before_leaves_no_process(soon: Path, tmp_path: Path) -> None:
+    before = _children()
+    watch = Watch(stop=5)
+    result, _ = run(watch, tmp_path)
+    assert watch.children - before
+    assert _children() <= before
+    assert result.capture.rung == "eager"
+    assert f"from batch {FIRST}" in result.capture.why
+
+
+@needs_fork
+def test_a_run_that_fails_leaves_no_process(soon: Path, tmp_path: Path) -> None:
+    before = _children()
+
+    class Fails(Watch):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        run(Fails(), tmp_path)
+    assert _children() <= before
+
+
+@needs_fork
+def test_a_resumed_run_is_captured_at_the_same_batch(soon: Path, tmp_path: Path) -> None:
+    """Saved while it was compiled beside: the rest is the same run, to the last bit."""
+    _, whole = run(Watch(), tmp_path / "whole")
+
+    def saver() -> fasttrain.Callback:
+        return fasttrain.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=20, save_top_k=-1)
+
+    run(Watch(), tmp_path / "a", callbacks=[Watch(stop=20), saver()], enable_checkpointing=True)
+    [saved] = (tmp_path / "saved").iterdir()
+    watch = Watch()
+    named = {"callbacks": [watch, saver()], "enable_checkpointing": True, "ckpt_path": saved}
+    _, resumed = run(watch, tmp_path / "b", **named)
+    assert watch.rungs == ["eager"] * (FIRST - 20) + ["compile"] * (240 - FIRST)
+    for x, y in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_fork
+def test_a_window_is_not_broken(soon: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    run(watch, tmp_path, accumulate_grad_batches=4)
+    assert watch.rungs.index("compile") == 32, "the window that was open at the thirtieth batch ends first"
+
+
+@pytest.mark.parametrize("options", [{"verify": 2}, {"deterministic": True}, {"max_epochs": 5}], ids=str)
+def test_it_is_not_done(soon: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What promises more of the first steps, and what is too short, has no steps of another kind."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    watch = Watch()
+    run(watch, tmp_path, **options)
+    assert len(set(watch.rungs)) == 1
+
+
+@needs_fork
+def test_what_was_decided_says_so(soon: Path, tmp_path: Path) -> None:
+    run(Watch(), tmp_path)
+    decided = json.loads(next(soon.glob("*.json")).read_text())
+    assert decided["steps_to_compile"] == FIRST
