@@ -6,7 +6,6 @@ the captured step is taken.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -28,7 +27,9 @@ _SETPARENTDEATH = 1  # prctl's PR_SET_PDEATHSIG
 
 def can_compile_ahead(module: nn.Module, options: Options, device: torch.device) -> bool:
     """May there be such a process: a fork, of one in which nothing lives that does not survive it?"""
-    if not sys.platform.startswith("linux") or device.type != "cpu" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not sys.platform.startswith("linux") or len(os.sched_getaffinity(0)) < 2:
+        return False
+    if device.type != "cpu" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     if options.deterministic or options.verify or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
@@ -61,16 +62,11 @@ class Ahead:
         self.close()
 
     def close(self) -> None:
-        """It is not wanted any more. A compiler that it has called ends by itself: half a library in the cache would be found."""
+        """It is not wanted any more. A compiler that it has called is left to end by itself, so that no half library stays in the cache."""
         pid, self._pid = self._pid, 0
         if pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            end = time.monotonic() + 60.0
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                while time.monotonic() < end:
-                    os.killpg(pid, 0)
-                    time.sleep(0.02)
 
 
 def _be_the_child(work: Callable[[], object]) -> None:
