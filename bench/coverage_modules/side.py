@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -25,6 +26,7 @@ import fasttrain
 from bench.coverage_modules.breaks import graph_breaks
 from bench.coverage_modules.case import Case, Repeated, Subject, loader
 from bench.coverage_modules.cases import CASES
+from fasttrain.graphs import auto
 
 SIDES = ("reference", "eager", "compile", "auto")
 
@@ -120,6 +122,7 @@ def _own_loop(subject: Subject, batches: Any, watch: Rounds | Losses) -> None:
 
 
 def _fasttrain(subject: Subject, side: str, batches: Any, watch: Rounds | Losses, folder: str) -> dict[str, Any]:
+    auto.LONG = math.inf  # rounds of the step it ends with
     own = {k: v for k, v in (("loss", subject.loss), ("optimizer", subject.optimizer)) if v is not None}
     trainer = fasttrain.compile_fit(
         subject.module, max_epochs=-1, accelerator="cpu", default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False,

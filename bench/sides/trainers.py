@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import tempfile
 from typing import Any
 
@@ -156,7 +157,10 @@ def lightning(job: Job, *, compiled: bool = False) -> None:
 def fasttrain(job: Job, *, capture: str = "auto") -> None:
     """``compile_fit`` over the same class body as Lightning's side."""
     import fasttrain as ft
+    from fasttrain.graphs import auto
 
+    if job.size.batches > 1:  # rounds of the step it ends with; one that is only started begins as any long run
+        auto.LONG = math.inf
     form = {"one": Single, "turns": Turns, "splits": Splits}[job.w.form]
     hooks, rounds = watcher(job.rounds, job.size.passes), job.rounds
     first_end = hooks["on_train_epoch_end"]

@@ -6,6 +6,7 @@ the captured step is taken.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -52,7 +53,11 @@ class Ahead:
         """Until it has ended, however it did."""
         began, told = time.monotonic(), False
         while self._pid and time.monotonic() - began < LONGEST_S:
-            if os.waitpid(self._pid, os.WNOHANG)[0]:
+            try:
+                ended = os.waitpid(self._pid, os.WNOHANG)[0]
+            except ChildProcessError:  # somebody has said that nobody waits for children
+                ended = not _lives(self._pid)
+            if ended:
                 self._pid = 0
                 break
             if not told and time.monotonic() - began > 0.5:
@@ -65,8 +70,17 @@ class Ahead:
         """It is not wanted any more. A compiler that it has called is left to end by itself, so that no half library stays in the cache."""
         pid, self._pid = self._pid, 0
         if pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _be_the_child(work: Callable[[], object]) -> None:

@@ -75,7 +75,7 @@ def _may_begin(maker: StepMaker, known: dict[str, Any], remaining: float) -> boo
     """Is the run long enough to begin with eager steps while it is compiled, and may it?"""
     quicker = known.get("captured_us", 0.0) < known["eager_us"]
     given = maker.trainable.module, maker.options, maker.spec.device
-    return quicker and remaining >= LONG * known["steps_to_compile"] and can_compile_ahead(*given)
+    return quicker and remaining > LONG * known["steps_to_compile"] and can_compile_ahead(*given)
 
 
 def _begin(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,18 @@ def test_a_run_that_fails_leaves_no_process(soon: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"):
         run(Fails(), tmp_path)
     assert _children() <= before
+
+
+@needs_fork
+def test_children_that_nobody_waits_for(soon: Path, tmp_path: Path) -> None:
+    """A process that ignores its children's ends cannot ask for one; it sees that it is gone."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        watch = Watch()
+        run(watch, tmp_path)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert watch.rungs.index("compile") == FIRST
 
 
 @needs_fork
