@@ -308,6 +308,7 @@ class Build:
     cut: bool = False  # in compiled stretches, because the step cannot be traced whole
     cpp_wrapper: bool = False  # calls between kernels in C++ too: quicker to run, slower to compile
     loops: bool = False  # small matrix products as generated loops
+    onednn: bool = False  # large ones by oneDNN
     joint: bool = False  # on a GPU, forward and backward traced as one graph before they are recorded
 
 

@@ -14,6 +14,7 @@ from fasttrain.graphs.ahead import Ahead, can_compile_ahead
 from fasttrain.graphs.contract import copied
 from fasttrain.graphs.look import other_gradients
 from fasttrain.graphs.maker import StepMaker, tried
+from fasttrain.graphs.products import products
 from fasttrain.graphs.rungs import eager, refuse, traced
 from fasttrain.graphs.step import Step
 from fasttrain.results import Build, CaptureReport, Obstacle
@@ -101,7 +102,7 @@ def _build(maker: StepMaker, known: dict[str, Any], remaining: float) -> Build:
     # Where eager steps are no quicker with more threads, the fused kernels between the matrix products are too small to share.
     graph = maker.device is not None
     cpp_wrapper = not graph and remaining * 0.1 > known["steps_to_compile"] and known["eager_us"] < 20_000
-    return Build(kernel_threads=known["eager_threads"], cpp_wrapper=cpp_wrapper, loops=not graph)
+    return Build(kernel_threads=known["eager_threads"], cpp_wrapper=cpp_wrapper, **products(graph))
 
 
 def _measured(

@@ -22,6 +22,7 @@ from fasttrain.errors import CaptureError
 from fasttrain.graphs.explain import obstacle_of
 from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.lookups import looked_up
+from fasttrain.graphs.products import product_patches
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
 from fasttrain.graphs.tracer import DYNAMO, chance_apart, compiled, optimizers_alone, transformers, unvalidated
@@ -42,7 +43,7 @@ class CutFunction:
 
     def __init__(self, function: Callable[[Any, int, int], Any], spec: StepSpec, build: Build) -> None:
         self._spec = spec
-        self._patches: dict[str, Any] = {"fallback_random": True, "cpp.threads": build.kernel_threads}
+        self._patches: dict[str, Any] = {"fallback_random": True, "cpp.threads": build.kernel_threads} | product_patches(build)
         self.least = LEAST_OPS
         self.ran = 0  # compiled stretches run so far
         self.compiled = 0

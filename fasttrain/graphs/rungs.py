@@ -13,6 +13,7 @@ from fasttrain.graphs.attempt import attempt, attempt_in_pieces, name_the_breaks
 from fasttrain.graphs.explain import BETWEEN, obstacle_from
 from fasttrain.graphs.look import toggles_are_local
 from fasttrain.graphs.maker import StepMaker, updates_fused
+from fasttrain.graphs.products import products
 from fasttrain.graphs.step import Step
 from fasttrain.results import Build, CaptureReport, Obstacle
 
@@ -29,7 +30,7 @@ def traced(
     maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: Build | None = None, *, graph: bool = False
 ) -> tuple[Step, CaptureReport]:
     """Trace now, on a snapshot, so that a failure costs nothing but time; what cannot be had whole is cut in pieces."""
-    build = build or Build(kernel_threads=torch.get_num_threads(), loops=not graph)
+    build = build or Build(kernel_threads=torch.get_num_threads(), **products(graph))
     between = sorted(maker.hooks.live & BETWEEN)
     if between and not build.cut:
         advice = "It is honoured between compiled stretches; on_after_backward would leave the step whole."

@@ -20,7 +20,7 @@ from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.later import CLOCKS, MARK, Kept, held, kept_by
 from fasttrain.graphs.lifted import HostWorkError, Lifted, changed_since, name_of
 from fasttrain.graphs.lookups import looked_up
-from fasttrain.graphs.products import small_products
+from fasttrain.graphs.products import product_patches
 from fasttrain.graphs.program import Raw, StepSpec, gradients_of
 from fasttrain.graphs.recurrent import whole_layers
 from fasttrain.graphs.speculated import Speculation
@@ -57,8 +57,7 @@ class Trace:
         # Sizes are checked against the contract before a direct call, and by the guards before any other.
         self._patches: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "triton.cudagraphs": False}
         self._patches |= {"cpp_wrapper": build.cpp_wrapper, "cpp.threads": build.kernel_threads}
-        if build.loops and torch._inductor.config.post_grad_custom_pre_pass is None:
-            self._patches["post_grad_custom_pre_pass"] = small_products()
+        self._patches |= product_patches(build)
         self.count = 0
         self.guards_s = math.inf  # a call takes beside its graph, at least
         self._ran_s = 0.0  # the last call's graph

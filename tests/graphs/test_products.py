@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasttrain
-from fasttrain.graphs.products import rewrite
+from fasttrain.graphs.products import product_pass, rewrite
 from tests.graphs.test_compile_rung import QUIET
 
 
@@ -91,3 +92,85 @@ def test_a_run_trains_alike_and_says_how_it_was_built():
     assert runs["compile"][1].capture.build.loops
     for a, b in zip(runs["eager"][0].parameters(), runs["compile"][0].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+LARGE = [
+    (FORWARD, [(256, 96), (128, 96), (128,)]),
+    (lambda x, w: x @ w.t(), [(256, 96), (128, 96)]),
+    (WEIGHTS, [(256, 96), (256, 128)]),
+    (INPUTS, [(256, 96), (96, 128)]),
+    (lambda x, w, b: torch.addmm(b, x, w), [(256, 96), (96, 128), (256, 128)]),
+]
+
+
+@pytest.mark.parametrize(("function", "shapes"), LARGE)
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_a_large_product_by_onednn_has_the_same_value(function, shapes, cpp_wrapper):
+    """As a graph, and as generated code: a direct call of torch's own operation, of weights as they lie."""
+    graph, given = traced(function, *shapes)
+    assert rewrite(graph.graph, onednn=False) == 0
+    assert rewrite(graph.graph, onednn=True) == 1
+    graph.recompile()
+    torch.testing.assert_close(graph(*given), function(*given), rtol=1e-5, atol=1e-4)
+    patches = {"post_grad_custom_pre_pass": product_pass(True, True), "cpp_wrapper": cpp_wrapper, "fx_graph_cache": False}
+    with torch.no_grad():
+        out, (code,) = run_and_get_code(torch.compile(function, options=patches), *given)
+    torch.testing.assert_close(out, function(*given), rtol=1e-5, atol=1e-4)
+    assert out.is_contiguous()
+    assert code.count("_linear_pointwise") >= 1
+    row = len(given) < 3 or given[2].dim() == 1
+    assert ("cpp_fused" in code) is not row, "nothing is laid out anew; what is added otherwise than a row has a kernel"
+
+
+def test_the_rule_is_the_processors(monkeypatch):
+    """Not a measurement: it decides which bits a run computes."""
+    from fasttrain.graphs import products
+
+    for vendor, capability, wanted in [
+        ("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False),
+    ]:  # fmt: skip
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda given=capability: given)
+        monkeypatch.setattr(products.Path, "read_text", lambda self, given=vendor: f"vendor_id : {given}")
+        assert products.onednn_is_quicker.__wrapped__() is wanted
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(96, 256), nn.GELU(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 3))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class WideCut(Wide):
+    def training_step(self, batch, batch_idx):
+        hidden = self.net[:3](batch[0])
+        torch._dynamo.graph_break()
+        return nn.functional.cross_entropy(self.net[3:](hidden), batch[1])
+
+
+@pytest.mark.parametrize("kind", [Wide, WideCut])
+def test_a_run_with_large_products_trains_alike(kind, monkeypatch):
+    """Whole and in pieces."""
+    from fasttrain.graphs import products
+
+    x, y = torch.randn(768, 96), torch.randint(3, (768,))
+    runs = {}
+    for name, quicker in (("eager", False), ("compile", False), ("compile", True)):
+        monkeypatch.setattr(products, "onednn_is_quicker", lambda quicker=quicker: quicker)
+        module = kind()
+        result = fasttrain.compile_fit(module, max_epochs=2, capture=name, **QUIET).fit(DataLoader(TensorDataset(x, y), batch_size=256))
+        runs[name, quicker] = [p.detach() for p in module.parameters()]
+        assert result.capture.rung == name
+        assert name == "eager" or result.capture.build.onednn is quicker
+        assert name == "eager" or result.capture.whole is (kind is Wide)
+    for a, b, c in zip(*runs.values(), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    library, onednn = runs["compile", False], runs["compile", True]
+    assert any(not torch.equal(b, c) for b, c in zip(library, onednn, strict=True)), "another product was used"
