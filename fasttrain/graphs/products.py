@@ -137,7 +137,8 @@ def _lower() -> None:
 
     @register_lowering(_operation(), type_promotion_kind=None)
     def lowered(x: Any, w: Any, bias: Any) -> Any:
-        x, w = LinearUnary.realize_input(x), LinearUnary.realize_input(w)
+        # Torch's operation would lay a transposed x out by a copy that takes twice as long as the product.
+        x, w = LinearUnary.require_contiguous(LinearUnary.realize_input(x)), LinearUnary.realize_input(w)
         inputs, constants = [x, w], ["none", [-1], ""]
         if bias is None:
             constants.insert(0, None)  # type: ignore[arg-type]
