@@ -119,7 +119,7 @@ def test_a_large_product_by_onednn_has_the_same_value(function, shapes, cpp_wrap
     assert out.is_contiguous()
     assert code.count("_linear_pointwise") >= 1
     own = function is WEIGHTS or (len(given) == 3 and given[2].dim() == 2)
-    assert ("cpp_fused" in code) is own, "weights are not laid out anew; a transposed left side is, and a whole matrix is added, in a kernel"
+    assert ("cpp_fused" in code) is own, "a transposed left side is laid out, and a whole matrix added, in a kernel; nothing else is"
 
 
 def test_the_rule_is_the_processors(monkeypatch):
