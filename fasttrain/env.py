@@ -32,6 +32,7 @@ def facts() -> Iterator[tuple[str, Any]]:
     yield "threads", torch.get_num_threads()
     yield "CUDA devices", _devices()
     yield "native library", _native()
+    yield "fp32 products", _products()
     yield "rungs", _rungs()
     yield "compile cache", _cache()
     yield "settings", {k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTTRAIN_", "TORCHINDUCTOR_", "OMP_", "MKL_"))}
@@ -101,6 +102,12 @@ def _native() -> str:
 
     why_not = library.obstacle()
     return f"{library.instruction_set()} instructions" if why_not is None else f"not used: {why_not}"
+
+
+def _products() -> str:
+    from fasttrain.graphs.products import onednn_is_quicker
+
+    return "captured on the CPU, large ones by oneDNN" if onednn_is_quicker() else "torch's"
 
 
 def _rungs() -> dict[str, str]:
