@@ -45,7 +45,11 @@ class Ahead:
         self.at, self.threads = at, threads
         with warnings.catch_warnings():  # Python 3.12: of the threads that a fork leaves behind
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._pid = os.fork()
+            try:
+                self._pid = os.fork()
+            except OSError:  # no memory or no process to be had: at that batch it is compiled here
+                self._pid = 0
+                return
         if self._pid == 0:
             _be_the_child(work)
 

@@ -156,6 +156,16 @@ def test_children_that_nobody_waits_for(soon: Path, tmp_path: Path) -> None:
     assert watch.rungs.index("compile") == FIRST
 
 
+def test_where_no_process_can_be_had_it_is_compiled_at_that_batch(soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> int:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", none)
+    watch = Watch()
+    run(watch, tmp_path)
+    assert watch.rungs.index("compile") == FIRST
+
+
 @needs_fork
 def test_a_resumed_run_is_captured_at_the_same_batch(soon: Path, tmp_path: Path) -> None:
     """Saved while it was compiled beside: the rest is the same run, to the last bit."""
