@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fasttrain.code_state import CodeState
 from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.cuda import GraphStep
 from fasttrain.graphs.cut import CutFunction
@@ -35,7 +36,7 @@ from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable
 from fasttrain.options import Options
 from fasttrain.results import Build
-from fasttrain.state import Snapshot
+from fasttrain.state import Snapshot, helpers_of
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,7 @@ class StepMaker:
     device: Device | None = None  # what records graphs; None where there is nothing of the kind
     staging: Staging | None = None  # what brings batches to it
     launches: Launches | None = None  # steps that wait for others
+    code: CodeState | None = None  # what the step's code keeps outside of its objects
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
 
     def eager(self) -> Step:
@@ -97,7 +99,10 @@ class StepMaker:
         return step
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.trainable.module, list(self.optimizers), [*self.schedulers, *self.trainable.helpers()])
+        if self.code is None:
+            self.code = CodeState([*self.trainable.module.modules(), *helpers_of(self.trainable.module), *self.trainable.beside()])
+        others = [*self.schedulers, *self.trainable.helpers()]
+        return Snapshot(self.trainable.module, list(self.optimizers), others, self.code.keep)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains, each once."""
