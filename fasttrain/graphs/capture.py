@@ -17,12 +17,12 @@ from fasttrain.graphs import decisions
 from fasttrain.graphs.attempt import attempt, attempt_in_pieces, name_the_breaks
 from fasttrain.graphs.contract import copied, describe
 from fasttrain.graphs.device_tail import DeviceTail
-from fasttrain.graphs.explain import AROUND, BETWEEN, gradient_hooks, hook_obstacles, obstacle_from
+from fasttrain.graphs.explain import AROUND, BETWEEN, EARLIER, gradient_hooks, hook_obstacles, obstacle_from
 from fasttrain.graphs.look import look, other_gradients, toggles_are_local
 from fasttrain.graphs.maker import StepMaker, tried, updates_fused
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.step import Step
-from fasttrain.graphs.tail import tail_obstacle, trainable_params
+from fasttrain.graphs.tail import owns_zero_grad, tail_obstacle, trainable_params
 from fasttrain.graphs.verify import verified
 from fasttrain.options import Options
 from fasttrain.results import Build, CaptureReport, Obstacle
@@ -107,6 +107,8 @@ def obstacles_of(maker: StepMaker) -> list[Obstacle]:
         found += [Obstacle(f"a gradient hook on parameter {n}", advice=advice) for n in gradient_hooks(module)]
     if scripted and any(isinstance(o, torch.optim.LBFGS) for o in maker.optimizers):
         found.append(Obstacle("LBFGS asks for the loss again through a closure"))
+    if maker.trainable.form == "generator" and any(map(owns_zero_grad, maker.optimizers)):
+        found.append(Obstacle("an optimizer has a zero_grad of its own, which looks at gradients where torch has them"))
     if not maker.parameters():
         found.append(Obstacle("no optimizer holds a parameter that trains: what the module updates by itself is not seen"))
     if maker.options.detect_anomaly:
@@ -147,6 +149,9 @@ def _traced(
         advice = "It is honoured between compiled stretches; on_after_backward would leave the step whole."
         report.obstacles += [Obstacle(f"the hook {h} runs between the forward and the backward pass", advice=advice) for h in between]
         build = replace(build, cut=True, cpp_wrapper=False)
+    if maker.trainable.form == "manual" and any(map(owns_zero_grad, maker.optimizers)) and not build.cut:
+        report.obstacles.append(Obstacle("an optimizer has a zero_grad of its own, which looks at gradients where torch has them"))
+        build = replace(build, cut=True, cpp_wrapper=False)
     if build.cut:
         return _cut(maker, report, batch, why, build)
     step = maker.captured(build, graph=graph)
@@ -161,6 +166,11 @@ def _traced(
             error = CaptureError("what is computed under one toggle_optimizer is used under another, or outside it")
     if error is None and any(g.layout is not torch.strided for g in step.gradients().values()):
         error = CaptureError("a sparse gradient: the captured update takes dense ones")
+    back = [o for c in step.calls for o in c.ended if EARLIER in o.reason]
+    back += [o for o in [obstacle_from(error)] if EARLIER in o.reason] if error is not None else []
+    if back:  # compiled stretches would use up what eager operations may not
+        report.obstacles.append(back[0])
+        return _not_captured(maker, report, error)
     if error is not None:
         report.obstacles.append(obstacle_from(error))
         if graph and maker.options.capture != "graph":  # the next rung: the same step compiled, and not recorded
@@ -186,6 +196,8 @@ def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: B
         return _eager(maker, report, f"it cannot be traced whole, and its pieces are small: {why_not}")
     if pieces == 0 and error is None:  # asked for, or as it was
         step, pieces, error = attempt_in_pieces(maker, batch, build, least=1)
+    if error is not None and EARLIER in (o := obstacle_from(error)).reason:
+        report.obstacles.append(o)
     if error is not None or pieces == 0:
         return _not_captured(maker, report, error)
     report.compile_s = time.perf_counter() - started
@@ -217,7 +229,10 @@ def _auto(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float)
     key = decisions.key_for(maker.trainable.module, maker.optimizers, batch, maker.options, maker.trainable.beside())
     known = decisions.recall(key)
     if known is None:
-        eager_s, threads = _time_eager(maker, batch)
+        try:
+            eager_s, threads = _time_eager(maker, batch)
+        except Exception as error:  # the second of two steps, or one of many on one batch: the run itself will say what is wrong
+            return _eager(maker, report, f"its steps could not be timed: {obstacle_from(error)}")
         known = {"eager_us": eager_s * 1e6, "eager_threads": threads}
         decisions.remember(key, known)
     report.timings_us = {"eager": known["eager_us"]}
@@ -341,19 +356,21 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
     step.refresh()
     tried(step, True)
     best, end = float("inf"), time.perf_counter() + budget_s
-    with maker.trial():
-        for i in range(20):
-            given = copied(batch)
-            started = time.perf_counter()
-            step.micro_step(given, i, first=True, last=True, divisor=1, opened=1)
-            if not step.takes_closure:
-                step.update_step(1.0)
-            if maker.spec.device.type == "cuda":
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            best = min(best, now - started) if i else best
-            if now > end and i >= 2:
-                break
-    tried(step, False)
-    before.restore()
+    try:
+        with maker.trial():
+            for i in range(20):
+                given = copied(batch)
+                started = time.perf_counter()
+                step.micro_step(given, i, first=True, last=True, divisor=1, opened=1)
+                if not step.takes_closure:
+                    step.update_step(1.0)
+                if maker.spec.device.type == "cuda":
+                    torch.cuda.synchronize()
+                now = time.perf_counter()
+                best = min(best, now - started) if i else best
+                if now > end and i >= 2:
+                    break
+    finally:
+        tried(step, False)
+        before.restore()
     return best

@@ -118,7 +118,7 @@ def first_gradients() -> Iterator[None]:
     before = engine._engine_run_backward
 
     def run(outputs: Sequence[Tensor], grads: Any, keep: bool, create: bool, *args: Any, **kwargs: Any) -> Any:
-        if create and any("CompiledFunction" in node.name() for node in _graph_of(outputs)):
+        if create and any("CompiledFunction" in node.name() for node in graph_of(outputs)):
             raise CaptureError("a gradient of a gradient through a compiled stretch, which has none")
         return before(outputs, grads, keep, create, *args, **kwargs)
 
@@ -129,7 +129,7 @@ def first_gradients() -> Iterator[None]:
         engine._engine_run_backward = before
 
 
-def _graph_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
+def graph_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
     """Every node of autograd's graph behind these."""
     stack: list[Any] = [t.grad_fn for t in outputs]
     seen = {None}

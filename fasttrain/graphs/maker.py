@@ -31,7 +31,7 @@ from fasttrain.graphs.speculated import Outcomes, Speculation
 from fasttrain.graphs.splits import SplitStep, splitter
 from fasttrain.graphs.staging import Staging
 from fasttrain.graphs.step import Step
-from fasttrain.graphs.tail import tail_obstacle, trainable_params
+from fasttrain.graphs.tail import owns_zero_grad, tail_obstacle, trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -114,6 +114,7 @@ class StepMaker:
             bool(self.hooks.live & AROUND)
             or isinstance(self.optimizers[i], torch.optim.LBFGS)
             or bool(gradient_hooks(self.trainable.module))
+            or owns_zero_grad(self.optimizers[i])
         )
 
     @contextmanager
@@ -161,7 +162,7 @@ class StepMaker:
             assert self.device is not None
             launches = self.launches if len(self.optimizers) == 1 else None
             return GraphStep(*given, build=build, device=self.device, staging=self.staging, launches=launches)
-        return CompileStep(*given, build=build, device=self.device if graph else None)
+        return CompileStep(*given, build=build, eager=lambda: self._eager_one(i, False), device=self.device if graph else None)
 
     def _cut_one(self, i: int, build: Build) -> Step:
         return CutStep(self.trainable, self.spec, self.optimizers[i], self.options, self.scaler, self.hooks, i, build=build)
