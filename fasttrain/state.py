@@ -95,7 +95,8 @@ class Snapshot:
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers]
         self._groups = [(g, {k: (v, kept_of(v)) for k, v in g.items() if k != "params"}) for o in optimizers for g in o.param_groups]
         self._lists = [(o, o.param_groups, [(g, g["params"], list(g["params"])) for g in o.param_groups]) for o in optimizers]
-        self._registered: list[tuple[Any, dict[str, Any]]] = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers, m._modules)]
+        registered = [d for m in module.modules() for d in (m._parameters, m._buffers, m._modules)]
+        self._registered: list[tuple[Any, dict[str, Any]]] = [(d, dict(d)) for d in registered]
         owners = (*module.modules(), *helpers_of(module))
         self._streams = [(s, stream_state(s)) for o in owners for s in o.__dict__.values() if is_stream(s)]
         self._rng = rng_state()

@@ -24,7 +24,7 @@ from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
-from fasttrain.graphs.tracer import DYNAMO, chance_apart, compiled, optimizers_alone, transformers, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, chance_apart, compiled, faithful, optimizers_alone, transformers, unvalidated
 from fasttrain.results import Build, Obstacle
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
@@ -106,7 +106,7 @@ def _ended(graph: torch.fx.GraphModule) -> Obstacle | None:
 
 @contextmanager
 def _around() -> Iterator[None]:
-    with optimizers_alone(), looked_up(numbers=False), chance_apart():
+    with optimizers_alone(), faithful(), looked_up(numbers=False), chance_apart():
         yield
 
 

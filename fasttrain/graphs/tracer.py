@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 import itertools
@@ -173,6 +174,35 @@ def optimizers_alone() -> Iterator[None]:
         before(this, item, name, *args, **kwargs)
 
     with instead(OptimizerVariable, "_set_capturable", lambda this, tx: None), instead(SideEffects, "store_attr", store_attr):
+        yield
+
+
+@contextmanager
+def faithful() -> Iterator[None]:
+    """Within a trace: ``p.data = ...`` ends it, for in the graph that is another tensor than the one whose gradient is taken; and
+    a deque that was there has its greatest length, which Dynamo forgets."""
+    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.variables import ConstantVariable, builtin
+    from torch._dynamo.variables.builder import VariableBuilder
+    from torch._dynamo.variables.lists import DequeVariable
+
+    kind: Any = getattr(builtin, "SetAttrBuiltinVariable", builtin.BuiltinVariable)
+    method = "_call_setattr" if hasattr(kind, "_call_setattr") else "call_setattr"  # until torch 2.11
+    sets, wraps = getattr(kind, method), VariableBuilder._wrap
+
+    def call_setattr(this: Any, tx: Any, on: Any, attribute: Any, value: Any) -> Any:
+        on = on.realize() if hasattr(on, "realize") else on
+        if on.is_tensor() and attribute.is_python_constant() and attribute.as_python_constant() == "data":
+            raise Unsupported("the .data of a tensor is replaced")
+        return sets(this, tx, on, attribute, value)
+
+    def wrap(this: Any, value: Any) -> Any:
+        made = wraps(this, value)
+        if type(value) is collections.deque and isinstance(made, DequeVariable):
+            made.maxlen = ConstantVariable.create(value.maxlen)
+        return made
+
+    with instead(kind, method, call_setattr), instead(VariableBuilder, "_wrap", wrap):
         yield
 
 
