@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fasttrain
 from fasttrain.code_state import SMALL, CodeState
-from tests.graphs.test_obstacles import QUIET, Net, batches
+from tests.graphs.test_obstacles import QUIET, TORCH, Net, batches
 
 COUNT = 0
 BOOK = {"n": 0, "inner": {"seen": [0]}}
@@ -109,6 +109,8 @@ def begin() -> None:
 @pytest.mark.parametrize("capture", ["eager", "auto", "compile"])
 def test_counters_beside_the_module_count_real_steps(make: Callable[[], Any], capture: str) -> None:
     """One step more than the run has: a dry look that shows."""
+    if TORCH < (2, 12) and capture == "compile" and make in (Counts, CountsInObjects):
+        pytest.skip("torch 2.11 takes what stands on a class, and a mutable default, for constants: docs/capture.md")
     begin()
     module = make()
     module.training_step(batches(1)[0], 0)

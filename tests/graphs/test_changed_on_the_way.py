@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fasttrain
 from fasttrain.errors import CaptureError
-from tests.graphs.test_obstacles import QUIET, Net, batches, both
+from tests.graphs.test_obstacles import QUIET, TORCH, Net, batches, both
 
 
 class Freezes(Net):
@@ -313,6 +313,8 @@ class ChangesADtype(Changes):
 
 @pytest.mark.parametrize("make", [HooksTheForward, HooksTheBackward, UnhooksTheForward, MovesBetweenGroups, ChangesADtype])
 def test_what_a_hook_changes_is_seen(make: type[Net]) -> None:
+    if make is ChangesADtype and TORCH < (2, 12):
+        pytest.skip("torch 2.11 refuses the captured gradient, with an error")
     both(make)
 
 
