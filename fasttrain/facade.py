@@ -237,6 +237,10 @@ class TrainerFacade:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return self.strategy.optimizers
 
+    @optimizers.setter
+    def optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.strategy.optimizers = list(optimizers)
+
     @property
     def logger(self) -> Any:
         return self.loggers[0] if self.loggers else None

@@ -148,6 +148,8 @@ def _batches(run: Run, ahead: Lookahead) -> bool:
         last = progress.window_open >= divisor or last_batch
         if foreign:
             step.refresh()
+            if run.optimizers_swapped():
+                step = _with_other_optimizers(run, step)
         out = step.micro_step(batch, batch_idx, first=progress.window_open == 1, last=last, divisor=divisor, opened=progress.window_open)
         for o in out.earlier:
             store.append(o.keys, o.values, o.batch_size or batch_size_of(batch))
@@ -193,6 +195,7 @@ def _capture(run: Run, batch: Any) -> Step:
     """Before the first batch is trained: a dry look at it, then the rung."""
     started = time.perf_counter()
     assert run.maker is not None
+    run.maker.optimizers = list(run.facade.optimizers)  # a hook may have put others there
     if run.step is None:
         dry_look(run.maker, batch)
     step, run.report = capture_step(run.maker, batch, _remaining_batches(run), may_wait=True)
@@ -213,6 +216,21 @@ def _capture(run: Run, batch: Any) -> Step:
 def _captured_from(run: Run) -> float:
     """The batch of the fit at which a step that is compiled beside the others takes over."""
     return run.maker.ahead.at if run.maker is not None and run.maker.ahead is not None else math.inf
+
+
+def _with_other_optimizers(run: Run, step: Step) -> Step:
+    """Somebody has put another optimizer into ``trainer.optimizers``: it is the one that moves from here on, on the eager rung."""
+    maker, gathered = run.maker, step.gradients() if run.facade.progress.window_open > 1 else {}
+    assert maker is not None
+    run.settle()
+    maker.optimizers = list(run.facade.optimizers)
+    run.verbs.bind(maker.optimizers, maker.schedulers)
+    other = run.step = maker.eager()
+    other.epoch = step.epoch
+    if gathered:
+        other.load_gradients(gathered)
+    run.report.rung, run.report.whole, run.report.why = other.rung, False, "trainer.optimizers was given another optimizer"
+    return other
 
 
 def _recorded_alone(run: Run, *, seen: bool, moves: bool) -> None:

@@ -32,8 +32,8 @@ def reaches(roots: Iterable[Any], targets: Iterable[Any]) -> bool:
 
 def _parts(node: Any) -> Iterator[Any]:
     if isinstance(node, types.FunctionType):
-        yield from _named(node.__code__, node.__globals__)
-        yield from (c.cell_contents for c in node.__closure__ or () if _filled(c))
+        yield from (node.__globals__[n] for n in named_in(node.__code__) if n in node.__globals__)
+        yield from (c.cell_contents for c in node.__closure__ or () if filled(c))
         yield from node.__defaults__ or ()
         return
     if isinstance(node, types.MethodType):
@@ -61,14 +61,15 @@ def _parts(node: Any) -> Iterator[Any]:
     yield from list(getattr(node, "__dict__", {}).values())
 
 
-def _named(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[Any]:
-    yield from (names[n] for n in code.co_names if n in names)
+def named_in(code: types.CodeType) -> Iterator[str]:
+    """Every name that a code object mentions, and those within it."""
+    yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _named(constant, names)
+            yield from named_in(constant)
 
 
-def _filled(cell: types.CellType) -> bool:
+def filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not cell
     except ValueError:

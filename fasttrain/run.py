@@ -125,6 +125,10 @@ class Run:
         loaders = [p.loader for p in source.parts if p.road != "tensors"] if source is not None else []
         return reaches([*loaders, lambdas], targets)
 
+    def optimizers_swapped(self) -> bool:
+        """Is there another optimizer in ``trainer.optimizers`` than the step moves?"""
+        return self.maker is not None and [*map(id, self.facade.optimizers)] != [*map(id, self.maker.optimizers)]
+
     def flush(self) -> None:
         """Before anybody looks: steps that wait for others of their launch run now, and what they logged is there."""
         launches = self.maker.launches if self.maker is not None else None

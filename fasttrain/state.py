@@ -6,7 +6,7 @@ import collections
 import copy
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, GeneratorType, ModuleType
 from typing import Any, NamedTuple
@@ -75,35 +75,41 @@ class Snapshot:
     """Weights, buffers, slots, gradients, random streams and plain attributes of a module, to be put back bit for bit.
 
     ``others``: further objects (schedulers) whose plain attributes are kept too. Optimizers and schedulers that the module
-    itself holds are kept as those that were given.
+    itself holds are kept as those that were given. ``beside``: keeps what is on no object, and gives back what puts it back.
     """
 
-    def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None, others: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None, others: Sequence[Any] = (),
+        beside: Callable[[], Callable[[], None]] | None = None,
+    ) -> None:  # fmt: skip
         self._module = module
+        self._put_beside = None if beside is None else beside()
         self._tensors = [(t, t.detach().clone()) for t in _tensors(module)]
         self._trains = [(p, p.requires_grad) for p in module.parameters()]
         self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in module.parameters()]
         own = [o for o in _held(module) if all(o is not known for known in (*(optimizers or ()), *others))]
         optimizers = [*(optimizers or []), *(o for o in own if isinstance(o, torch.optim.Optimizer))]
-        holders: list[Any] = [*module.modules(), *_helpers(module), *optimizers, *others, *(o for o in own if o not in optimizers)]
-        self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in holders]
+        holders: list[Any] = [*module.modules(), *helpers_of(module), *optimizers, *others, *(o for o in own if o not in optimizers)]
+        self._attributes = [(m, plain_attributes(m), set(m.__dict__)) for m in holders]
         self._modes = [(m, m.training) for m in module.modules()]
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers]
-        self._groups = [(g, {k: (v, _kept(v)) for k, v in g.items() if k != "params"}) for o in optimizers for g in o.param_groups]
-        self._registered: list[tuple[Any, dict[str, Any]]] = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers)]
-        owners = (*module.modules(), *_helpers(module))
-        self._streams = [(s, _stream_state(s)) for o in owners for s in o.__dict__.values() if _is_stream(s)]
+        self._groups = [(g, {k: (v, kept_of(v)) for k, v in g.items() if k != "params"}) for o in optimizers for g in o.param_groups]
+        self._lists = [(o, o.param_groups, [(g, g["params"], list(g["params"])) for g in o.param_groups]) for o in optimizers]
+        registered = [d for m in module.modules() for d in (m._parameters, m._buffers, m._modules)]
+        self._registered: list[tuple[Any, dict[str, Any]]] = [(d, dict(d)) for d in registered]
+        owners = (*module.modules(), *helpers_of(module))
+        self._streams = [(s, stream_state(s)) for o in owners for s in o.__dict__.values() if is_stream(s)]
         self._rng = rng_state()
 
     @torch.no_grad()
     def restore(self) -> None:
         """In place where the tensors live on, so that every reference to them stays valid."""
-        for live, registered in self._registered:  # a buffer that was replaced by another tensor
+        for live, registered in self._registered:  # a buffer that was replaced by another tensor, a layer by another
             if live.keys() != registered.keys() or any(live[k] is not v for k, v in registered.items()):
                 live.clear()
                 live.update(registered)
         for stream, state in self._streams:
-            _set_stream_state(stream, state)
+            set_stream_state(stream, state)
         for tensor, value in self._tensors:
             tensor.copy_(value)
         for parameter, trains in self._trains:
@@ -122,8 +128,14 @@ class Snapshot:
                 del optimizer.state[p]
             for p, saved in slots.items():
                 _restore_slots(optimizer.state[p], saved)
+        for optimizer, groups, held in self._lists:  # a group that was added, a parameter put into one
+            for group, params, members in held:
+                params[:], group["params"] = members, params
+            groups[:], optimizer.param_groups = [group for group, _, _ in held], groups
         for group, values in self._groups:
-            group.update({k: _put_back(v, kept) for k, (v, kept) in values.items()})
+            group.update({k: put_back(v, kept) for k, (v, kept) in values.items()})
+        if self._put_beside is not None:
+            self._put_beside()
         set_rng_state(self._rng)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -141,7 +153,7 @@ class Snapshot:
         return out
 
 
-def _helpers(module: nn.Module) -> list[Any]:
+def helpers_of(module: nn.Module) -> list[Any]:
     """Plain objects that hang on the module's attributes and may count or keep something; not torch's, not ours."""
     found = {id(v): v for m in module.modules() for n, v in m.__dict__.items() if n not in _SKIPPED and hasattr(v, "__dict__")}
     theirs = ("torch", "fasttrain", "pytorch_lightning", "lightning", "builtins")
@@ -154,18 +166,18 @@ def _helpers(module: nn.Module) -> list[Any]:
 def _held(module: nn.Module) -> list[Any]:
     """Optimizers and schedulers on the module's own attributes and those of its helpers, in containers too, each once."""
     found: dict[int, Any] = {}
-    owners = (*module.modules(), *_helpers(module))
+    owners = (*module.modules(), *helpers_of(module))
     stack: list[tuple[Any, int]] = [(v, 0) for o in owners for n, v in o.__dict__.items() if n not in _SKIPPED]
     while stack:
         value, depth = stack.pop()
         if isinstance(value, (torch.optim.Optimizer, LRScheduler)):
             found[id(value)] = value
-        elif type(value) in (*_COPIED, tuple) and depth < 3 and len(value) <= MOST_HELD:
+        elif type(value) in (*COPIED, tuple) and depth < 3 and len(value) <= MOST_HELD:
             stack += [(v, depth + 1) for v in (value.values() if isinstance(value, dict) else value)]
     return list(found.values())
 
 
-def _is_stream(value: Any) -> bool:
+def is_stream(value: Any) -> bool:
     """A random generator of the module's own: torch's, Python's or numpy's."""
     return isinstance(value, (torch.Generator, random.Random)) or hasattr(value, "bit_generator") or _is_older(value)
 
@@ -175,7 +187,7 @@ def _is_older(value: Any) -> bool:
     return type(value).__name__ == "RandomState" and hasattr(value, "get_state")
 
 
-def _stream_state(stream: Any) -> Any:
+def stream_state(stream: Any) -> Any:
     if isinstance(stream, torch.Generator):
         return stream.get_state()
     if _is_older(stream):
@@ -183,7 +195,7 @@ def _stream_state(stream: Any) -> Any:
     return stream.getstate() if isinstance(stream, random.Random) else stream.bit_generator.state
 
 
-def _set_stream_state(stream: Any, state: Any) -> None:
+def set_stream_state(stream: Any, state: Any) -> None:
     if isinstance(stream, torch.Generator):
         stream.set_state(state)
     elif isinstance(stream, random.Random):
@@ -199,7 +211,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _copy_slots(slots: Any) -> dict[str, Any]:
-    return {k: (v, _kept(v)) for k, v in slots.items()} if isinstance(slots, dict) else {}
+    return {k: (v, kept_of(v)) for k, v in slots.items()} if isinstance(slots, dict) else {}
 
 
 def _restore_slots(live: dict[str, Any], saved: Mapping[str, Any]) -> None:
@@ -209,23 +221,23 @@ def _restore_slots(live: dict[str, Any], saved: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor) and isinstance(live.get(k), Tensor):
             live[k].copy_(kept)
         else:
-            live[k] = _put_back(value, kept)
+            live[k] = put_back(value, kept)
 
 
-_COPIED = (list, dict, set, collections.deque)
+COPIED = (list, dict, set, collections.deque)
 MOST_NESTED = 4096  # a longer container is data: its elements are kept, not what they hold
 MOST_HELD = 256  # no list of optimizers is longer
 _SKIPPED = ("_parameters", "_buffers", "_modules", "_trainer", "trainer", "training", "param_groups", "state")
 
 
-def _plain_attributes(module: Any) -> dict[str, Any]:
+def plain_attributes(module: Any) -> dict[str, Any]:
     """Counters, flags, containers, arrays and loose tensors a step may change, whatever they are nested in."""
     out: dict[str, Any] = {}
     for name, value in module.__dict__.items():
         if name in _SKIPPED or "hooks" in name:
             continue
-        if isinstance(value, (*_COPIED, Tensor, int, float, str, bool, tuple, type(None))) or _is_array(value):
-            out[name] = (value, _kept(value))
+        if isinstance(value, (*COPIED, Tensor, int, float, str, bool, tuple, type(None))) or is_array(value):
+            out[name] = (value, kept_of(value))
         elif _is_iterator(value):
             out[name] = (_Iterator(copy.copy(value)), None)
     return out
@@ -242,23 +254,23 @@ def _is_iterator(value: Any) -> bool:
     return type(value).__module__ in ("builtins", "itertools") and hasattr(value, "__next__") and not isinstance(value, GeneratorType)
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
     return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
-def _kept(value: Any, depth: int = 0) -> Any:
-    """What ``_put_back`` needs to make ``value`` again what it is now: its elements, each with what it holds."""
+def kept_of(value: Any, depth: int = 0) -> Any:
+    """What ``put_back`` needs to make ``value`` again what it is now: its elements, each with what it holds."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    within = depth < 6 and not (isinstance(value, _COPIED) and len(value) > MOST_NESTED)
+    within = depth < 6 and not (isinstance(value, COPIED) and len(value) > MOST_NESTED)
     if isinstance(value, dict):
-        return [(k, v, _kept(v, depth + 1) if within else None) for k, v in value.items()]
+        return [(k, v, kept_of(v, depth + 1) if within else None) for k, v in value.items()]
     if isinstance(value, (list, tuple, collections.deque)):
-        return [(None, v, _kept(v, depth + 1) if within else None) for v in value]
-    return value.copy() if isinstance(value, set) or _is_array(value) else None
+        return [(None, v, kept_of(v, depth + 1) if within else None) for v in value]
+    return value.copy() if isinstance(value, set) or is_array(value) else None
 
 
-def _put_back(value: Any, kept: Any) -> Any:
+def put_back(value: Any, kept: Any) -> Any:
     if isinstance(value, _Iterator):
         return copy.copy(value.before)
     if kept is None:
@@ -268,20 +280,20 @@ def _put_back(value: Any, kept: Any) -> Any:
     elif isinstance(value, dict):
         value.clear()  # not update(): a Counter's adds
         for k, v, inner in kept:
-            value[k] = _put_back(v, inner)
+            value[k] = put_back(v, inner)
     elif isinstance(value, (list, tuple, collections.deque)):
-        elements = [_put_back(v, inner) for _, v, inner in kept]
+        elements = [put_back(v, inner) for _, v, inner in kept]
         if not isinstance(value, tuple):
             value.clear()
             value.extend(elements)
     elif isinstance(value, set):
         value.clear()
         value.update(kept)
-    elif _is_array(value):
+    elif is_array(value):
         value[...] = kept
     return value
 
 
 def _restore_attributes(module: Any, saved: Mapping[str, Any]) -> None:
     for name, (value, kept) in saved.items():
-        module.__dict__[name] = _put_back(value, kept)
+        module.__dict__[name] = put_back(value, kept)

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.contract import copied
-from fasttrain.graphs.cut import CUT_THERE, LEAST_OPS, CutFunction
+from fasttrain.graphs.cut import CUT_THERE, LEAST_OPS, CutFunction, graph_of
+from fasttrain.graphs.explain import EARLIER
 from fasttrain.graphs.look import first_part
 from fasttrain.graphs.maker import StepMaker, cut_functions, tried
 from fasttrain.graphs.program import forward
 from fasttrain.graphs.step import Step
+from fasttrain.module import loss_of
 from fasttrain.results import Build, CaptureReport
 
 
@@ -39,6 +43,24 @@ def attempt(maker: StepMaker, step: Step, batch: Any, functions: Sequence[CutFun
     return None
 
 
+def _goes_back(maker: StepMaker, batch: Any) -> bool:
+    """Does a second loss hang on what the first step has made? The backward pass through a compiled stretch uses up the whole of it,
+    where eager operations may not. Op by op."""
+    part, before = first_part(maker.trainable, batch), maker.snapshot()
+    try:
+        with maker.trial():
+            for i in range(len(maker.optimizers)):
+                forward(maker.trainable, maker.spec, "train", copied(part), 0, i)
+                begun = torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
+                loss = loss_of(forward(maker.trainable, maker.spec, "train", copied(part), 1, i)[0])
+                if loss is not None and any(node._sequence_nr() < begun for node in graph_of([loss])):
+                    return True
+    finally:
+        before.restore()
+        maker.trainable.sink.items = None
+    return False
+
+
 def name_the_breaks(maker: StepMaker, report: CaptureReport, step: Step, batch: Any) -> None:
     """What ends each stretch and what it costs, in place of the one thing that kept the step from being traced whole."""
     functions = cut_functions(step)
@@ -62,8 +84,11 @@ def attempt_in_pieces(maker: StepMaker, batch: Any, build: Build, least: int = L
         f.least = least
     for _ in range(3):  # counters and numbers change at the second; forward alone, so that no gradient hook hears of it
         before = sum(f.ran for f in functions)
-        error = error or attempt(maker, step, batch, functions if maker.trainable.form != "manual" else ())
+        # A manual step twice, for what the first may leave for the second.
+        error = error or attempt(maker, step, batch, functions if maker.trainable.form != "manual" else (), runs=2)
         pieces = sum(f.ran for f in functions) - before
+    if error is None and pieces and maker.trainable.form != "manual" and _goes_back(maker, batch):
+        error = CaptureError(EARLIER)
     for f in functions:
         f.settle()
     return step, pieces, error

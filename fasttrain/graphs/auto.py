@@ -12,6 +12,7 @@ import torch
 from fasttrain.graphs import decisions
 from fasttrain.graphs.ahead import Ahead, can_compile_ahead
 from fasttrain.graphs.contract import copied
+from fasttrain.graphs.explain import obstacle_from
 from fasttrain.graphs.look import other_gradients
 from fasttrain.graphs.maker import StepMaker, tried
 from fasttrain.graphs.products import products
@@ -46,7 +47,10 @@ def choose(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float
     key = decisions.key_for(maker.trainable.module, maker.optimizers, batch, maker.options, maker.trainable.beside())
     known = decisions.recall(key)
     if known is None:
-        eager_s, threads = _time_eager(maker, batch)
+        try:
+            eager_s, threads = _time_eager(maker, batch)
+        except Exception as error:  # the second of two steps, or one of many on one batch: the run itself will say what is wrong
+            return eager(maker, report, f"its steps could not be timed: {obstacle_from(error)}")
         known = {"eager_us": eager_s * 1e6, "eager_threads": threads, "steps_to_compile": math.ceil(_cost(maker) / eager_s)}
         decisions.remember(key, known)
     report.timings_us = {"eager": known["eager_us"]}
@@ -176,19 +180,21 @@ def _time(maker: StepMaker, step: Step, batch: Any, budget_s: float = 0.4) -> fl
     step.refresh()
     tried(step, True)
     best, end = float("inf"), time.perf_counter() + budget_s
-    with maker.trial():
-        for i in range(20):
-            given = copied(batch)
-            started = time.perf_counter()
-            step.micro_step(given, i, first=True, last=True, divisor=1, opened=1)
-            if not step.takes_closure:
-                step.update_step(1.0)
-            if maker.spec.device.type == "cuda":
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            best = min(best, now - started) if i else best
-            if now > end and i >= 2:
-                break
-    tried(step, False)
-    before.restore()
+    try:
+        with maker.trial():
+            for i in range(20):
+                given = copied(batch)
+                started = time.perf_counter()
+                step.micro_step(given, i, first=True, last=True, divisor=1, opened=1)
+                if not step.takes_closure:
+                    step.update_step(1.0)
+                if maker.spec.device.type == "cuda":
+                    torch.cuda.synchronize()
+                now = time.perf_counter()
+                best = min(best, now - started) if i else best
+                if now > end and i >= 2:
+                    break
+    finally:
+        tried(step, False)
+        before.restore()
     return best

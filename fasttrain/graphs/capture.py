@@ -19,7 +19,7 @@ from fasttrain.graphs.maker import StepMaker
 from fasttrain.graphs.rungs import eager, refuse, traced
 from fasttrain.graphs.script import ScriptStep
 from fasttrain.graphs.step import Step
-from fasttrain.graphs.tail import tail_obstacle, trainable_params
+from fasttrain.graphs.tail import owns_zero_grad, tail_obstacle, trainable_params
 from fasttrain.graphs.verify import verified
 from fasttrain.options import Options
 from fasttrain.results import CaptureReport, Obstacle
@@ -102,6 +102,8 @@ def obstacles_of(maker: StepMaker) -> list[Obstacle]:
         found += [Obstacle(f"a gradient hook on parameter {n}", advice=advice) for n in gradient_hooks(module)]
     if scripted and any(isinstance(o, torch.optim.LBFGS) for o in maker.optimizers):
         found.append(Obstacle("LBFGS asks for the loss again through a closure"))
+    if maker.trainable.form == "generator" and any(map(owns_zero_grad, maker.optimizers)):
+        found.append(Obstacle("an optimizer has a zero_grad of its own, which looks at gradients where torch has them"))
     if not maker.parameters():
         found.append(Obstacle("no optimizer holds a parameter that trains: what the module updates by itself is not seen"))
     if maker.options.detect_anomaly:

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from fasttrain.errors import CaptureError
+from fasttrain.errors import CaptureError, KernelError
 from fasttrain.graphs.buckets import Buckets
 from fasttrain.graphs.contract import copied
 from fasttrain.graphs.device import Device, Graph
@@ -24,7 +24,7 @@ from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, keys_and_val
 from fasttrain.graphs.recorded import Moment, Recorded, Rest
 from fasttrain.graphs.scale import LossScale
 from fasttrain.graphs.staging import Staging
-from fasttrain.graphs.tail import Tail, frozen, make_tail, still_moved, trainable_params
+from fasttrain.graphs.tail import Tail, frozen, make_tail, owns_zero_grad, step_of, still_moved, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.graphs.window import Present, WindowGradients
 from fasttrain.module import Trainable
@@ -189,6 +189,10 @@ class GraphStep:
 
     def _finish_here(self, out: StepOutput) -> StepOutput:
         """A batch that ran op by op, or was traced just now: nobody has taken its gradients yet."""
+        if self.call.op_by_op:  # the step itself may have frozen or unfrozen something
+            self._see_who_trains()
+            if self.moment.before:
+                self.moment = self.moment._replace(before=self._before(False))
         scaled = out.grads[0] if out.grads else None
         if scaled is None or out.loss is None:  # a batch the module passed over
             if not self.moment.before:
@@ -250,14 +254,14 @@ class GraphStep:
         """What depends on which parameters train, and on where their state lies."""
         for recorded in self._made:
             recorded.forget()
-        self._step_hooks = _has_step_hooks(self._optimizer)
+        self._step_seen = step_of(self._optimizer)
         self.tail: Tail = make_tail(self._optimizer, self.params, self._options, self._scaler, self._spec.norms, self._spec.pending)
         tail = self.tail
         self._fused = tail if isinstance(tail, DeviceTail) and tail.captures else None
         self._updates: dict[Present, tuple[Graph, list[Moved]] | None] = {}
         self._window = WindowGradients(self.params, self._spec.device)
 
-    def _recheck(self) -> None:
+    def _see_who_trains(self) -> None:
         now, window = trainable_params(self._optimizer), self._window
         if [id(p) for p in now] != [id(p) for p in self._leaves]:
             if not now:
@@ -266,12 +270,20 @@ class GraphStep:
             self.params = [*now, *still_moved(old, grads)]
             self.call.bind(make_forward(self._trainable, self._spec, self._index))
             self._rebind(old)
+
+    def _recheck(self) -> None:
+        self._see_who_trains()
+        if owns_zero_grad(self._optimizer):
+            raise CaptureError("the zero_grad of the optimizer was replaced: a recorded step does not call it. Use capture='compile'.")
         self.call.forget_moved()
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params):
             self.call.failed, self.call.plan = True, None  # only op by op are they called
-        if _has_step_hooks(self._optimizer) != self._step_hooks:
+        if step_of(self._optimizer) != self._step_seen:
             self._rebind(self.params)
-        self.tail.refresh()
+        try:
+            self.tail.refresh()
+        except KernelError:  # another number of groups than was recorded, say
+            self._rebind(self.params)
 
     def _rebind(self, old: Sequence[Tensor]) -> None:
         """Another tail and other gradients, with what an open window has gathered."""
@@ -325,7 +337,3 @@ class GraphStep:
 def _told(plan: Plan, outs: Sequence[Any]) -> StepOutput:
     loss = None if plan.loss is None else outs[plan.loss]
     return StepOutput(loss, plan.keys, plan.values(outs), None, None, plan.batch_size)
-
-
-def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    return any(getattr(optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"))

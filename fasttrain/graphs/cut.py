@@ -25,7 +25,7 @@ from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.products import product_patches
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
-from fasttrain.graphs.tracer import DYNAMO, chance_apart, compiled, optimizers_alone, transformers, unvalidated
+from fasttrain.graphs.tracer import DYNAMO, chance_apart, compiled, faithful, optimizers_alone, transformers, unvalidated
 from fasttrain.results import Build, Obstacle
 
 # Counters become symbols; a stretch that cannot be compiled, or keeps changing, runs as it is.
@@ -107,7 +107,7 @@ def _ended(graph: torch.fx.GraphModule) -> Obstacle | None:
 
 @contextmanager
 def _around() -> Iterator[None]:
-    with optimizers_alone(), looked_up(numbers=False), chance_apart():
+    with optimizers_alone(), faithful(), looked_up(numbers=False), chance_apart():
         yield
 
 
@@ -119,7 +119,7 @@ def first_gradients() -> Iterator[None]:
     before = engine._engine_run_backward
 
     def run(outputs: Sequence[Tensor], grads: Any, keep: bool, create: bool, *args: Any, **kwargs: Any) -> Any:
-        if create and any("CompiledFunction" in node.name() for node in _graph_of(outputs)):
+        if create and any("CompiledFunction" in node.name() for node in graph_of(outputs)):
             raise CaptureError("a gradient of a gradient through a compiled stretch, which has none")
         return before(outputs, grads, keep, create, *args, **kwargs)
 
@@ -130,7 +130,7 @@ def first_gradients() -> Iterator[None]:
         engine._engine_run_backward = before
 
 
-def _graph_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
+def graph_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
     """Every node of autograd's graph behind these."""
     stack: list[Any] = [t.grad_fn for t in outputs]
     seen = {None}

@@ -15,10 +15,12 @@ from fasttrain.results import CaptureReport, Obstacle
 
 _FASTTRAIN, _TORCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(torch.__file__))
 
+EARLIER = "the loss goes back into the graph of an earlier step"
 ADVICE = (
     (r"[Dd]ata.dependent", "A Python branch on a tensor's value: use torch.where, or move the check out of training_step."),
     (r"\.item\(\)|Tensor\.item|scalar_tensor|_local_scalar_dense", "Log the tensor itself; it is read later, off the step."),
     (r"pack\w*_sequence", "Packed sequences and the layer over them run as they are, between compiled stretches."),
+    (EARLIER + "|external grad_fn|consumed returned", "Keep it with .detach() where it is only a value."),
     (r"torchmetrics|Metric", "Update metrics in on_train_batch_end, or log the tensor and let self.log take the mean."),
     (r"operator `print`", "Move the print to on_train_batch_end."),
     (r"logging|Logger", "Move the message out of the step, e.g. to on_train_batch_end."),
@@ -46,8 +48,17 @@ def obstacle_from(error: BaseException) -> Obstacle:
 
 def obstacle_of(said: str, frames: Sequence[tuple[str, int]], done: str = "") -> Obstacle:
     """The obstacle that the tracer speaks of; ``frames`` lead to it, outermost first."""
+    if through := re.search(r"inputs with external grad_fn: \[(.+)\]", said):
+        said = f"{EARLIER}, through {_names(through.group(1))}"
+    elif "through the graph a second time" in said:
+        said = EARLIER
     advice = next((a for pattern, a in ADVICE if re.search(pattern, said)), "")
     return Obstacle(reason=_first_line(said).rstrip(".") + ".", where=place(frames), advice=advice, done=done)
+
+
+def _names(sources: str) -> str:
+    """Dynamo's names of what hangs on the module, as its author writes them."""
+    return re.sub(r"\"|L\[.*?\]\.(?:__closure__\[\d+\]\.cell_contents\.|__self__\.)*", "", sources)
 
 
 def _first_line(text: str) -> str:

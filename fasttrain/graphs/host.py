@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fasttrain.graphs.program import REFUSED, StepSpec
 from fasttrain.graphs.scale import LossScale
-from fasttrain.graphs.tail import Tail, make_tail, still_moved, trainable_params
+from fasttrain.graphs.tail import Tail, make_tail, owns_zero_grad, step_of, still_moved, trainable_params
 from fasttrain.options import Options
 
 _HOSTS: WeakValueDictionary[int, Host] = WeakValueDictionary()
@@ -66,7 +66,7 @@ class Host:
         ops()
         self.number = next(i for i in range(len(_HOSTS) + 1) if i not in _HOSTS)
         _HOSTS[self.number] = self
-        self._optimizers, self._options, self._scaler, self._schedulers = optimizers, options, scaler, schedulers
+        self.optimizers, self._options, self._scaler, self._schedulers = optimizers, options, scaler, schedulers
         self._norms, self._apart = spec.norms, apart
         self.may_refuse = scaler is not None or options.nonfinite == "skip"  # a step, and the run goes on
         self.order = torch.zeros((), device=spec.device)
@@ -74,13 +74,14 @@ class Host:
         self.refused = False
         self._bad: list[Tensor | None] = [None] * len(optimizers)
         self._last, self._rescale = True, 1.0
+        self._steps = [step_of(o) for o in optimizers]
         self.bind()
 
     def bind(self) -> None:
         """(Re)build what depends on which parameters train; gathered gradients stay."""
         before = self.gradients() if hasattr(self, "leaves") else {}
-        old = getattr(self, "params", [[] for _ in self._optimizers])
-        self.trains = [trainable_params(o) for o in self._optimizers]
+        old = getattr(self, "params", [[] for _ in self.optimizers])
+        self.trains = [trainable_params(o) for o in self.optimizers]
         frozen = [still_moved(ps, [before.get(self._key(i, p)) for p in ps]) for i, ps in enumerate(old)]
         self.params: list[list[nn.Parameter]] = [[*ps, *more] for ps, more in zip(self.trains, frozen, strict=True)]
         leaves = {self._key(i, p): p for lists in (self.trains, frozen) for i, ps in enumerate(lists) for p in ps}
@@ -91,19 +92,23 @@ class Host:
         self._kept: list[Tensor | None] = [before.get(k) for k in self.keys]
         self._buffers: list[Tensor | None] = [None] * len(self.leaves)
         self.tails: list[Tail] = [
-            make_tail(o, ps, self._options, self._scaler, self._norms) for o, ps in zip(self._optimizers, self.params, strict=True)
+            make_tail(o, ps, self._options, self._scaler, self._norms) for o, ps in zip(self.optimizers, self.params, strict=True)
         ]
 
     def changed(self) -> bool:
         """Do other parameters train than when this was bound?"""
-        now = [[id(p) for p in trainable_params(o)] for o in self._optimizers]
+        now = [[id(p) for p in trainable_params(o)] for o in self.optimizers]
         return now != [[id(p) for p in ps] for ps in self.trains]
+
+    def touched(self) -> bool:
+        """Has somebody put a step or a zero_grad of his own on an optimizer since?"""
+        return self._steps != [step_of(o) for o in self.optimizers] or any(map(owns_zero_grad, self.optimizers))
 
     def _key(self, i: int, p: nn.Parameter) -> Key:
         return i if self._apart else 0, id(p)
 
     def begin(self, *, last: bool, rescale: float) -> None:
-        self.moved, self.refused = [0] * len(self._optimizers), False
+        self.moved, self.refused = [0] * len(self.optimizers), False
         self._last, self._rescale = last, rescale
         if self._scaler is not None:
             self._scaler.gather()

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.graphs.checks import handled
+from fasttrain.graphs.left import without_graph
 from fasttrain.graphs.tracer import instead
 from fasttrain.module import Sink
 
@@ -34,6 +35,7 @@ CONTAINERS = frozenset(
     f"{kind}Variable" for kind in ("List", "ConstDict", "DefaultDict", "UserDefinedDict", "OrderedDict", "Counter", "Set", "Deque")
 )
 ASKS = tuple(n for n in dis.opmap if n.startswith(("POP_JUMP_", "JUMP_IF_", "TO_BOOL", "GET_ITER", "UNPACK_")))
+PLAIN_STORES: tuple[Any, ...] = (object.__setattr__, nn.Module.__setattr__)
 MARK = "a value of host work"  # before the number of the piece of work whose result is logged
 
 Made = Callable[[Any], Any]  # makes an argument out of the values that only the graph and the host know
@@ -142,10 +144,16 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
             if not key[0] or not (isinstance(value, later()) or key in kept.attributes):
                 before(tx, inst)
                 return
+            if key[0] in opened(tx) or type(held(on)).__setattr__ not in PLAIN_STORES:
+                raise Unsupported("a value that only the host knows, put where something else stands between the object and its dict")
             tx.popn(2)
             lifted.attributes.add(key)
             lifted.found(
-                tx, functools.partial(_write, inst.argval), [placed()(source=on.source), without_gradient(value, tx)], {}, kept=True
+                tx,
+                functools.partial(_write, inst.argval),
+                [placed()(source=on.source), without_gradient(value, tx, inst.argval)],
+                {},
+                kept=True,
             )
             tx.output.side_effects.__dict__.setdefault("kept_later", {})[key] = value
 
@@ -171,8 +179,18 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
             return lifted.found(tx, Tensor.tolist, [this.call_method(tx, "detach", [], {})], {})
         return tensors(this, tx, name, args, kwargs)
 
+    def opened(tx: Any) -> set[str]:
+        """The objects whose ``__dict__`` this trace has."""
+        found: set[str] = tx.output.side_effects.__dict__.setdefault("opened", set())
+        return found
+
     def reads(before: Any) -> Any:
         def var_getattr(this: Any, tx: Any, name: str) -> Any:
+            if name == "__dict__" and (place := wanted(getattr(this, "source", None))):
+                written = tx.output.side_effects.__dict__.get("kept_later", ())
+                if any(place == of for of, _ in (*kept.attributes, *written)):
+                    raise Unsupported("the __dict__ of an object whose attributes only the host knows")
+                opened(tx).add(place)
             key = (wanted(this.source), name) if kept.attributes and this.source is not None else None
             if key is None or key not in kept.attributes:
                 return before(this, tx, name)
@@ -276,8 +294,11 @@ def held(variable: Any) -> Any:
         return None
 
 
-def without_gradient(variable: Any, tx: Any) -> Any:
+def without_gradient(variable: Any, tx: Any, name: str = "") -> Any:
+    """``name``: what the step leaves it as, with its graph; "" where nobody looks for a graph."""
     from torch._dynamo.variables import TensorVariable
 
     variable = variable.realize() if hasattr(variable, "realize") else variable
-    return variable.call_method(tx, "detach", [], {}) if type(variable) is TensorVariable and variable.requires_grad else variable
+    if type(variable) is not TensorVariable or not variable.requires_grad:
+        return variable
+    return without_graph(variable, tx, name) if name else variable.call_method(tx, "detach", [], {})

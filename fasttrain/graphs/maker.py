@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fasttrain.code_state import CodeState
 from fasttrain.graphs.ahead import Ahead
 from fasttrain.graphs.compile import CompileStep
 from fasttrain.graphs.cuda import GraphStep
@@ -31,12 +32,12 @@ from fasttrain.graphs.speculated import Outcomes, Speculation
 from fasttrain.graphs.splits import SplitStep, splitter
 from fasttrain.graphs.staging import Staging
 from fasttrain.graphs.step import Step
-from fasttrain.graphs.tail import tail_obstacle, trainable_params
+from fasttrain.graphs.tail import owns_zero_grad, tail_obstacle, trainable_params
 from fasttrain.graphs.turns import Turns
 from fasttrain.module import Trainable
 from fasttrain.options import Options
 from fasttrain.results import Build
-from fasttrain.state import Snapshot
+from fasttrain.state import Snapshot, helpers_of
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,7 @@ class StepMaker:
     device: Device | None = None  # what records graphs; None where there is nothing of the kind
     staging: Staging | None = None  # what brings batches to it
     launches: Launches | None = None  # steps that wait for others
+    code: CodeState | None = None  # what the step's code keeps outside of its objects
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
     ahead: Ahead | None = None  # who compiles beside the steps
 
@@ -99,7 +101,10 @@ class StepMaker:
         return step
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.trainable.module, list(self.optimizers), [*self.schedulers, *self.trainable.helpers()])
+        if self.code is None:
+            self.code = CodeState([*self.trainable.module.modules(), *helpers_of(self.trainable.module), *self.trainable.beside()])
+        others = [*self.schedulers, *self.trainable.helpers()]
+        return Snapshot(self.trainable.module, list(self.optimizers), others, self.code.keep)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains, each once."""
@@ -111,6 +116,7 @@ class StepMaker:
             bool(self.hooks.live & AROUND)
             or isinstance(self.optimizers[i], torch.optim.LBFGS)
             or bool(gradient_hooks(self.trainable.module))
+            or owns_zero_grad(self.optimizers[i])
         )
 
     @contextmanager
@@ -158,7 +164,7 @@ class StepMaker:
             assert self.device is not None
             launches = self.launches if len(self.optimizers) == 1 else None
             return GraphStep(*given, build=build, device=self.device, staging=self.staging, launches=launches)
-        return CompileStep(*given, build=build, device=self.device if graph else None)
+        return CompileStep(*given, build=build, eager=lambda: self._eager_one(i, False), device=self.device if graph else None)
 
     def _cut_one(self, i: int, build: Build) -> Step:
         return CutStep(self.trainable, self.spec, self.optimizers[i], self.options, self.scaler, self.hooks, i, build=build)

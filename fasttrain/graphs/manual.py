@@ -171,6 +171,10 @@ class Verbs:
             return
         self.carrier().clip(self._index_of(optimizer), gradient_clip_val, gradient_clip_algorithm or "norm")
 
+    def touched(self) -> bool:
+        """Has somebody put a verb of his own on what ``optimizers()`` gives?"""
+        return any(len(vars(o)) > len(vars(p)) for o, p in zip(self._optimizers, self._plain, strict=True))
+
     def taken(self) -> int:
         """Steps taken so far by the training_step that runs; ``global_step`` does not have them yet."""
         return 0 if self.acts is None else self.acts.taken()

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttrain.errors import KernelError
 from fasttrain.graphs.cut import CutFunction
 from fasttrain.graphs.eager import EagerStep
 from fasttrain.graphs.hooks import InStepHooks
-from fasttrain.graphs.program import REFUSED, StepOutput, StepSpec, make_micro_step
+from fasttrain.graphs.program import REFUSED, Raw, StepOutput, StepSpec, make_forward, make_micro_step, with_gradients
 from fasttrain.graphs.scale import LossScale
-from fasttrain.graphs.tail import FusedTail, apart, frozen, still_moved, tail_obstacle, trainable_params
+from fasttrain.graphs.tail import FusedTail, apart, frozen, owns_zero_grad, step_of, still_moved, tail_obstacle, trainable_params
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable
 from fasttrain.options import Options
@@ -67,9 +68,7 @@ class HookedStep(EagerStep):
         self.tail.before_step, self.tail.clip = before
 
     def _zero_grad(self, batch_idx: int) -> None:
-        optimizer = self._optimizer
-        own = "zero_grad" in optimizer.__dict__ or type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad
-        if own or self._hooks.owned("optimizer_zero_grad"):
+        if owns_zero_grad(self._optimizer) or self._hooks.owned("optimizer_zero_grad"):
             super()._zero_grad(batch_idx)
             return
         self._hooks.fire("on_before_zero_grad", self._optimizer)
@@ -78,11 +77,12 @@ class HookedStep(EagerStep):
                 p.grad = None
 
     def _bind_tail(self) -> None:
-        self._step_seen = _step_of(self._optimizer)
+        self._step_seen = step_of(self._optimizer)
         plain = not self.takes_closure and self._scaler is None and tail_obstacle(self._optimizer, self.params) is None
         # The eager rung leaves clipped gradients for everybody to see.
         plain = plain and (self.rung != "eager" or self._fused_options.gradient_clip_val is None)
-        self._fused = FusedTail(self._optimizer, self.params, self._fused_options, None, self._spec.norms) if plain else None
+        given = (self._optimizer, self.params, self._fused_options, None, self._spec.norms)
+        self._fused = FusedTail(*given, graphs=True) if plain else None
 
     def _look_again(self) -> None:
         """Somebody's code ran: do other parameters train now?"""
@@ -92,10 +92,13 @@ class HookedStep(EagerStep):
             raise frozen(self._optimizer, f"optimizer {self._index}")
         if changed:
             self.params, self._leaves = [*now, *still_moved(self.params, [p.grad for p in self.params])], now
-        if changed or _step_of(self._optimizer) != self._step_seen:
+        if changed or step_of(self._optimizer) != self._step_seen:
             self._bind_tail()
         if self._fused is not None:
-            self._fused.refresh()
+            try:
+                self._fused.refresh()
+            except KernelError:  # a weight of another dtype, say
+                self._bind_tail()
 
 
 class EagerFusedStep(HookedStep):
@@ -123,8 +126,9 @@ class PiecedStep(HookedStep):
         accumulates = max(options.accumulate_grad_batches.values()) > 1
         self.call = TracedCall(
             make_micro_step(trainable, spec, self.params, index), trainable, spec, build=build,
-            extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor),
+            extra=(self._divisor if accumulates else None, None if scaler is None else scaler.tensor), op_by_op=self._op_by_op,
         )  # fmt: skip
+        self._forward = make_forward(trainable, spec, index)
         self.calls = (self.call,)
 
     @property
@@ -133,6 +137,12 @@ class PiecedStep(HookedStep):
 
     def refresh(self) -> None:
         self.call.dirty = True
+
+    def _op_by_op(self, *args: Any) -> Raw:
+        """The gradients of what trains once the forward pass is over: the step itself may have frozen or unfrozen something."""
+        raw = self._forward(*args)
+        self._look_again()
+        return with_gradients(raw, self.params)
 
     def _look_again(self) -> None:
         before = self.params
@@ -176,12 +186,6 @@ class CutStep(HookedStep):
     ) -> None:  # fmt: skip
         super().__init__(trainable, spec, optimizer, options, scaler, hooks, index)
         self.function = self.cut = CutFunction(trainable.step("train"), spec, build)
-
-
-def _step_of(optimizer: torch.optim.Optimizer) -> tuple[Any, bool]:
-    """What makes torch's own step another: one put on the object, or hooks."""
-    hooks = (getattr(optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"))
-    return optimizer.__dict__.get("step"), any(hooks)
 
 
 def _accumulate(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], *, told: bool, already: bool) -> None:

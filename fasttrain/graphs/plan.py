@@ -51,7 +51,7 @@ class Plan:
         self.differentiated = next((place[id(g)] for g in raw.grads if g is not None), None)
         self.grads = _picker([None if g is None else place[id(g)] for g in raw.grads])
         self.returned, read = _builder(raw.returned, place)
-        self.lifted = entry.lifted
+        self.lifted, self.leaves = entry.lifted, entry.left
         self.work = [(number, *(_place_of(v, place) for v in values)) for number, *values in entry.work]
         read += [i for _, *values in self.work for i in values if type(i) is int]
         self.read_by_user = sorted({*read, *(place[id(r)] for r in results[: len(results) - sum(g is not None for g in raw.grads)])})
@@ -104,7 +104,7 @@ class Plan:
         if self.lifted.clocks:
             self.lifted.begin(self.lifted.clocks)
         try:
-            outs = self.run(*args)
+            outs = self.run(*args) if not self.leaves else self.entry.call(*args)
         except CheckFailed as error:
             self.check = error
             return None

@@ -149,6 +149,15 @@ def make_forward(trainable: Trainable, spec: StepSpec, index: int = 0) -> Callab
     return forward_step
 
 
+def with_gradients(raw: Raw, params: Sequence[nn.Parameter]) -> Raw:
+    """What ``make_forward``'s function gave, as ``make_micro_step``'s gives it."""
+    if raw.loss is None:
+        return raw._replace(grads=(None,) * len(params))
+    (scaled,), leaves = raw.grads, sum(p.requires_grad for p in params)
+    assert scaled is not None
+    return raw._replace(grads=gradients_of(scaled, tuple(params), leaves))
+
+
 def gradients_of(
     loss: Tensor, params: tuple[Tensor, ...], leaves: int, gradient: Tensor | None = None, *, retain: bool | None = None
 ) -> tuple[Tensor | None, ...]:

@@ -10,11 +10,12 @@ import torch
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.attempt import attempt, attempt_in_pieces, name_the_breaks
-from fasttrain.graphs.explain import BETWEEN, obstacle_from
+from fasttrain.graphs.explain import BETWEEN, EARLIER, obstacle_from
 from fasttrain.graphs.look import toggles_are_local
 from fasttrain.graphs.maker import StepMaker, updates_fused
 from fasttrain.graphs.products import products
 from fasttrain.graphs.step import Step
+from fasttrain.graphs.tail import owns_zero_grad
 from fasttrain.results import Build, CaptureReport, Obstacle
 
 
@@ -36,6 +37,9 @@ def traced(
         advice = "It is honoured between compiled stretches; on_after_backward would leave the step whole."
         report.obstacles += [Obstacle(f"the hook {h} runs between the forward and the backward pass", advice=advice) for h in between]
         build = replace(build, cut=True, cpp_wrapper=False)
+    if maker.trainable.form == "manual" and any(map(owns_zero_grad, maker.optimizers)) and not build.cut:
+        report.obstacles.append(Obstacle("an optimizer has a zero_grad of its own, which looks at gradients where torch has them"))
+        build = replace(build, cut=True, cpp_wrapper=False)
     if build.cut:
         return _cut(maker, report, batch, why, build)
     step = maker.captured(build, graph=graph)
@@ -50,6 +54,11 @@ def traced(
             error = CaptureError("what is computed under one toggle_optimizer is used under another, or outside it")
     if error is None and any(g.layout is not torch.strided for g in step.gradients().values()):
         error = CaptureError("a sparse gradient: the captured update takes dense ones")
+    back = [o for c in step.calls for o in c.ended if EARLIER in o.reason]
+    back += [o for o in [obstacle_from(error)] if EARLIER in o.reason] if error is not None else []
+    if back:  # compiled stretches would use up what eager operations may not
+        report.obstacles.append(back[0])
+        return _not_captured(maker, report, error)
     if error is not None:
         report.obstacles.append(obstacle_from(error))
         if graph and maker.options.capture != "graph":  # the next rung: the same step compiled, and not recorded
@@ -75,6 +84,8 @@ def _cut(maker: StepMaker, report: CaptureReport, batch: Any, why: str, build: B
         return eager(maker, report, f"it cannot be traced whole, and its pieces are small: {why_not}")
     if pieces == 0 and error is None:  # asked for, or as it was
         step, pieces, error = attempt_in_pieces(maker, batch, build, least=1)
+    if error is not None and EARLIER in (o := obstacle_from(error)).reason:
+        report.obstacles.append(o)
     if error is not None or pieces == 0:
         return _not_captured(maker, report, error)
     report.compile_s = time.perf_counter() - started

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.errors import CaptureError
+from fasttrain.errors import CaptureError, KernelError
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.host import Host, Key, ops
 from fasttrain.graphs.manual import ManualStep, Verbs, one_number
@@ -25,6 +25,7 @@ from fasttrain.graphs.program import (
     unwrapped,
 )
 from fasttrain.graphs.scale import LossScale
+from fasttrain.graphs.tail import owns_zero_grad
 from fasttrain.graphs.traced import TracedCall
 from fasttrain.module import Trainable, loss_of
 from fasttrain.options import Options
@@ -135,6 +136,7 @@ class ScriptStep:
         eager, host = self.eager, self.host
         host.moved, host.refused = list(eager.moved), self._window[1] and eager.update_step(1.0) == REFUSED
         host.new_window()
+        self._see_who_trains()
         if left:
             self.load_gradients(left)
         for p in host.leaves:
@@ -164,14 +166,23 @@ class ScriptStep:
         return {(i, p): names[p] if self._verbs is not None else f"{i}:{names[p]}" for i, p in self.host.keys if p in names}
 
     def _recheck(self) -> None:
+        self._see_who_trains()
+        if self._verbs is None and any(map(owns_zero_grad, self.host.optimizers)):
+            raise CaptureError("the zero_grad of an optimizer was replaced: a captured generator does not call it. Use capture='eager'.")
+        self.call.forget_moved()
+        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.host.leaves)
+        if hooked or self.host.touched() or (self._verbs is not None and self._verbs.touched()):
+            self.call.failed, self.call.plan = True, None
+        try:
+            for tail in self.host.tails:
+                tail.refresh()
+        except KernelError:  # a weight of another dtype, say
+            self.host.bind()
+
+    def _see_who_trains(self) -> None:
         if self.host.changed():
             self.host.bind()
             self.call.bind(self._function())
-        self.call.forget_moved()
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.host.leaves):
-            self.call.failed, self.call.plan = True, None
-        for tail in self.host.tails:
-            tail.refresh()
 
     def _function(self) -> Callable[..., Raw]:
         if self._verbs is None:

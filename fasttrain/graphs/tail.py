@@ -37,6 +37,17 @@ def trainable_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return list(seen.values())
 
 
+def step_of(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
+    """What makes torch's own step another: a class or a function put on the object, or hooks."""
+    hooks = (getattr(optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"))
+    return type(optimizer), optimizer.__dict__.get("step"), any(hooks)
+
+
+def owns_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
+    """Is its ``zero_grad`` somebody's own, who may look at the gradients, or keep them?"""
+    return "zero_grad" in optimizer.__dict__ or type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad
+
+
 def still_moved(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> list[nn.Parameter]:
     """Those frozen since they were given a gradient of this window: torch's update moves them by it, as ``p.grad`` is there."""
     return [p for p, g in zip(params, grads, strict=False) if g is not None and not p.requires_grad]
@@ -52,8 +63,9 @@ class FusedTail:
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], options: Options, scaler: LossScale | None,
-        norms: GradientNorms | None = None,
+        norms: GradientNorms | None = None, *, graphs: bool = False,
     ) -> None:  # fmt: skip
+        """``graphs``: autograd may hold these weights from before a step, and must hear that they were written."""
         self._params, self._norms = params, norms
         self._scaler = scaler
         by_norm = options.gradient_clip_algorithm == "norm"
@@ -63,7 +75,7 @@ class FusedTail:
             self._max_norm = math.inf  # measured, not clipped
         self._check = scaler is not None or options.nonfinite != "ignore"
         kind = self._norm_kind()
-        self._native = NativeTail(optimizer, params, norm_type=kind or 2.0)
+        self._native = NativeTail(optimizer, params, norm_type=kind or 2.0, bump_versions=graphs)
         self._each = torch.empty(len(params)) if kind else None
         self._names: tuple[str, ...] = ()
         # The kernel refuses what it measures: where the loss alone decides, it is asked here.

@@ -12,12 +12,13 @@ from typing import Any, cast
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.errors import CaptureError
 from fasttrain.graphs.checks import Checked, CheckFailed, checking, checks_of, has_checks, versions_of
 from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.later import CLOCKS, MARK, Kept, held, kept_by
+from fasttrain.graphs.left import as_left, left_detached, left_in
 from fasttrain.graphs.lifted import HostWorkError, Lifted, changed_since, name_of
 from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.products import product_patches
@@ -29,8 +30,9 @@ from fasttrain.graphs.tracer import (
     VALIDATION,
     chance_apart,
     compiled,
-    left_detached,
+    faithful,
     lengths_asked_gently,
+    optimizers_alone,
     passing,
     transformers,
     unvalidated,
@@ -115,6 +117,8 @@ class Trace:
             self._lifted.lifting(),
             looked_up(),
             chance_apart(),
+            optimizers_alone(),
+            faithful(),
             without_inference_mode(),
             lengths_asked_gently(),
             passing(),
@@ -165,8 +169,7 @@ class Trace:
         patches = self._patches | ({"cpp.threads": 1} if has_checks(graph) else {})
         run = cast(Callable[..., Any], compile_fx(graph, examples, config_patches=patches))
         entry.run = entry.compiled = Checked(run) if self._checks and has_checks(graph) else run
-        entry.checks = checks_of(graph)
-
+        entry.checks, entry.left = checks_of(graph), left_in(graph)
         self._entries.append(entry)
         known, trace = ref(entry), ref(self)  # Dynamo keeps what follows for good
 
@@ -176,7 +179,7 @@ class Trace:
             assert self is not None
             versions = versions_of(args) if entry.written is None else ()
             begun = time.perf_counter()
-            outs = entry.run(*args)
+            outs = entry.call(*args)
             self._ran_s = time.perf_counter() - begun
             if entry.written is None:
                 entry.written = {i for i, (v, w) in enumerate(zip(versions, versions_of(args), strict=True)) if v != w}
@@ -217,6 +220,14 @@ class Entry:
         self.unvalidated = False  # checks of arguments' values were left out of it
         self.checks: Sequence[Obstacle] = ()  # that are assertions in it
         self.stood_in = False  # functions of torch's were replaced in it
+        self.left: dict[int, str] = {}  # which of its results the step leaves on an object with their graph, and their names
+
+    def call(self, *args: Any) -> Sequence[Any]:
+        """Its results as the step leaves them."""
+        outs: Sequence[Any] = self.run(*args)
+        if not self.left:
+            return outs
+        return as_left(outs, self.left, next((a for a in args if isinstance(a, nn.Parameter) and a.requires_grad), None))
 
     def inspect(self, own: tuple[object, ...], updates: bool) -> None:
         """Called while Dynamo traces. Pure: no Python side effect but on ``own``, no guard on what changes every step."""

@@ -39,12 +39,13 @@ class TracedCall:
     def __init__(
         self, function: Callable[..., Raw], trainable: Trainable, spec: StepSpec, *, build: Build, stand_in: StandIn | None = None,
         extra: tuple[Tensor | None, ...] = (), own: tuple[object, ...] = (), eager: Callable[[Any, int], StepOutput] | None = None,
-        buckets: Buckets | None = None,
+        buckets: Buckets | None = None, op_by_op: Callable[..., Raw] | None = None,
     ) -> None:  # fmt: skip
         self._trainable, self._spec, self._build, self._own = trainable, spec, build, (trainable.sink, *own)
         self._stand_in = stand_in  # what records a compiled graph in one of the device's own
         self._buckets = buckets  # which shapes have a graph, where shapes do not share one
         self.extra = extra
+        self._op_by_op = op_by_op  # the function where it is not traced; itself, when None
         self._eager = eager  # what runs a batch that is not traced; the function itself, op by op, when None
         self.dirty = True
         self.plan: Plan | None = None
@@ -194,7 +195,7 @@ class TracedCall:
         """The same function op by op."""
         self.op_by_op = True
         with self._spec.default_dtype():
-            return self._function(batch, batch_idx, *self.extra)
+            return (self._op_by_op or self._function)(batch, batch_idx, *self.extra)
 
     def _traced(self, trace: Trace, batch: Any, batch_idx: int) -> Raw | None:
         """The guarded call. A first trace that fails is the caller's to judge; a later one ends tracing for good."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 import itertools
@@ -9,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 from weakref import WeakMethod
 
@@ -21,6 +22,7 @@ from torch.nn.modules import transformer
 # read out of a tensor (``.item()`` for a log line) is read between the kernels.
 DYNAMO = {"trace_autograd_ops": True, "allow_unspec_int_on_nn_module": True, "recompile_limit": 5, "verbose": False}
 DYNAMO |= {"capture_scalar_outputs": True, "allow_rnn": True, "use_numpy_random_stream": True}  # or numpy's numbers would be torch's
+DYNAMO |= {"skip_nnmodule_hook_guards": False}  # a hook that comes or goes on the way is a guard's business
 
 VALIDATION = "_tensor_validation"  # how torchmetrics names them
 
@@ -158,10 +160,49 @@ def found_below() -> Iterator[None]:
 
 @contextmanager
 def optimizers_alone() -> Iterator[None]:
-    """Within a trace in stretches: an optimizer that is looked into stays as it is. Dynamo would have it ``capturable``, on a CPU too."""
+    """Within a trace: an optimizer that is looked into stays as it is - Dynamo would have it ``capturable``, on a CPU too - and one
+    that is written on ends the trace: Dynamo drops what is written, in silence."""
+    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.side_effects import SideEffects
     from torch._dynamo.variables.optimizer import OptimizerVariable
 
-    with instead(OptimizerVariable, "_set_capturable", lambda this, tx: None):
+    before: Any = SideEffects.store_attr
+
+    def store_attr(this: Any, item: Any, name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(item, OptimizerVariable):
+            raise Unsupported(f"{name} is written on an optimizer")
+        before(this, item, name, *args, **kwargs)
+
+    with instead(OptimizerVariable, "_set_capturable", lambda this, tx: None), instead(SideEffects, "store_attr", store_attr):
+        yield
+
+
+@contextmanager
+def faithful() -> Iterator[None]:
+    """Within a trace: ``p.data = ...`` ends it, for in the graph that is another tensor than the one whose gradient is taken; and
+    a deque that was there has its greatest length, which Dynamo forgets."""
+    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.variables import ConstantVariable, builtin
+    from torch._dynamo.variables.builder import VariableBuilder
+    from torch._dynamo.variables.lists import DequeVariable
+
+    kind: Any = getattr(builtin, "SetAttrBuiltinVariable", builtin.BuiltinVariable)
+    method = "_call_setattr" if hasattr(kind, "_call_setattr") else "call_setattr"  # until torch 2.11
+    sets, wraps = getattr(kind, method), VariableBuilder._wrap
+
+    def call_setattr(this: Any, tx: Any, on: Any, attribute: Any, value: Any) -> Any:
+        on = on.realize() if hasattr(on, "realize") else on
+        if on.is_tensor() and attribute.is_python_constant() and attribute.as_python_constant() == "data":
+            raise Unsupported("the .data of a tensor is replaced")
+        return sets(this, tx, on, attribute, value)
+
+    def wrap(this: Any, value: Any) -> Any:
+        made = wraps(this, value)
+        if type(value) is collections.deque and isinstance(made, DequeVariable):
+            made.maxlen = ConstantVariable.create(value.maxlen)
+        return made
+
+    with instead(kind, method, call_setattr), instead(VariableBuilder, "_wrap", wrap):
         yield
 
 
@@ -230,37 +271,6 @@ def passing() -> Iterator[None]:
 
     with instead(BuiltinVariable, "call_isinstance", call_isinstance):
         yield
-
-
-@contextmanager
-def left_detached(at: CodeType) -> Iterator[None]:
-    """Within a trace: what the step has left on an object (a hidden state for the next batch) when ``at`` takes its gradients is
-    left without its graph, which the backward pass has used up."""
-    from torch._dynamo.variables import TorchInGraphFunctionVariable
-
-    before: Any = TorchInGraphFunctionVariable.call_function
-
-    def call_function(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        out = before(this, tx, args, kwargs)
-        kept = kwargs["retain_graph"].as_python_constant() if tx.f_code is at else True
-        if this.value is torch.autograd.grad and not kept:
-            for written in tx.output.side_effects.store_attr_mutations.values():
-                written.update({name: _detached(value, tx) for name, value in written.items()})
-        return out
-
-    with instead(TorchInGraphFunctionVariable, "call_function", call_function):
-        yield
-
-
-def _detached(variable: Any, tx: Any) -> Any:
-    from torch._dynamo.variables import TensorVariable, TupleVariable
-
-    variable = variable.realize() if hasattr(variable, "realize") else variable
-    if type(variable) is TupleVariable:
-        return TupleVariable([_detached(item, tx) for item in variable.items])
-    if type(variable) is TensorVariable and variable.as_proxy().node.meta["example_value"].grad_fn is not None:
-        return variable.call_method(tx, "detach", [], {})
-    return variable
 
 
 @contextmanager

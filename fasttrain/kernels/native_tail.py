@@ -79,6 +79,7 @@ class NativeTail:
                 got = f"parameter {i}, unknown to the optimizer"
                 raise KernelError(reject("params", got, "the optimizer's own parameters", "Leave it out."))
         self._state, self._group_list = optimizer.state, groups
+        self._held = self._members()
         self._group_of = [groups[owner[id(param)]] for param in self._params]
         live = {owner[id(param)] for param in self._params}
         self._groups = [(i, group) for i, group in enumerate(groups) if i in live]
@@ -111,6 +112,11 @@ class NativeTail:
                 self._kept += native_rules.write_row(row, state, self._rule, group, param)
         self._where, self._states = self._places(), len(self._state)
 
+    def _members(self) -> list[list[int]]:
+        """Which parameter is in which group."""
+        optimizer = self._optimizer()
+        return [] if optimizer is None else [[*map(id, group["params"])] for group in optimizer.param_groups]
+
     def _places(self) -> list[int]:
         places = [param.data_ptr() for param in self._params]
         for param, group in zip(self._params, self._group_of, strict=True):
@@ -127,7 +133,7 @@ class NativeTail:
     def stale(self) -> bool:
         """Whether a parameter or its state has moved since the last refresh; costs about 0.5 µs a parameter."""
         optimizer = self._optimizer()
-        return optimizer is None or optimizer.state is not self._state or self._places() != self._where
+        return optimizer is None or optimizer.state is not self._state or self._places() != self._where or self._members() != self._held
 
     def step(
         self,

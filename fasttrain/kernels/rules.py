@@ -113,6 +113,12 @@ def _is_torchs_own(cls: type, name: str) -> bool:
     return owner.__module__.startswith("torch.optim.")
 
 
+def _is_schedulers(step: Any) -> bool:
+    """Is it what a scheduler of torch's has put around torch's own step? ``functools.wraps`` copies the mark, not the globals."""
+    outer, inner = (str(getattr(f, "__globals__", {}).get("__name__")) for f in (step, getattr(step, "__wrapped__", None)))
+    return outer == "torch.optim.lr_scheduler" and inner.startswith("torch.optim")
+
+
 def _lion_obstacle(optimizer: Optimizer) -> str | None:
     """torch has no Lion: any class of that name is taken whose groups are lion-pytorch's and have nothing more switched on."""
     for name in ("decoupled_wd", "use_gc"):
@@ -146,7 +152,7 @@ def obstacle(
             return reason
         return f"{name} is not torch.optim.SGD, Adam or AdamW (nor a Lion), or it overrides their step"
     replaced = vars(optimizer).get("step")
-    if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
+    if replaced is not None and not _is_schedulers(replaced):
         return f"the step of this {name} was replaced on the object"
     if (
         optimizer._optimizer_step_pre_hooks

@@ -94,7 +94,7 @@ class TritonTail:
                     reject("params", f"parameter {i}, unknown to the optimizer", "the optimizer's own parameters", "Leave it out.")
                 )
         self._state, self._group_list = optimizer.state, groups
-        self._owner = [owner[id(param)] for param in self._params]
+        self._owner, self._held = [owner[id(param)] for param in self._params], self._members()
         if self._table.numel() != KNOBS + HYPER * len(groups):  # graphs read the one that is there
             if self._captured():
                 raise KernelError(reject("optimizer", "another number of groups than was captured", "the same", "Capture the step again."))
@@ -173,6 +173,10 @@ class TritonTail:
         self._cells[i] = ((*addresses, step, self._owner[i]), kind)
         self._kept[i] = kept
 
+    def _members(self) -> list[list[int]]:
+        """Which parameter is in which group."""
+        return [[*map(id, group["params"])] for group in self._live().param_groups]
+
     def _places(self) -> list[int]:
         places = [param.data_ptr() for param in self._params]
         for i, param in enumerate(self._params):
@@ -193,7 +197,7 @@ class TritonTail:
     def stale(self) -> bool:
         """Whether a parameter or its state has moved since the last refresh."""
         optimizer = self._optimizer()
-        return optimizer is None or optimizer.state is not self._state or self._places() != self._where
+        return optimizer is None or optimizer.state is not self._state or self._places() != self._where or self._members() != self._held
 
     # -- a step -------------------------------------------------------------------------------------------------
     def step(

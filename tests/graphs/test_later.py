@@ -278,7 +278,42 @@ class Catches(Net):
             self.stats["seen"] = 1
 
 
-@pytest.mark.parametrize("make", [TwoNames, FilledLater, Catches])
+class InTheDict(Net):
+    """One counter under both of its names."""
+
+    def tell(self, loss: Tensor) -> None:
+        self.n += 1
+        self.__dict__["n"] += 1
+        self.history.append(self.n)
+
+
+class ReadsTheDict(Net):
+    def tell(self, loss: Tensor) -> Any:
+        self.n += 1
+        self.history.append(vars(self)["n"])
+        return loss * (1.0 + self.__dict__["n"] / 10)
+
+
+class OverwritesInTheDict(Net):
+    """First by name, with what only the host knows, then behind it."""
+
+    def tell(self, loss: Tensor) -> None:
+        self.total = loss.item()
+        self.__dict__["total"] = 2.0
+
+
+class SetsOtherwise(Net):
+    """Its own ``__setattr__`` stands between the name and the value."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value * 2 if name == "n" else value)
+
+    def tell(self, loss: Tensor) -> None:
+        self.n = (self.n + 1) % 1000
+        self.history.append(self.n)
+
+
+@pytest.mark.parametrize("make", [TwoNames, FilledLater, Catches, InTheDict, ReadsTheDict, OverwritesInTheDict, SetsOtherwise])
 def test_what_the_host_is_given_is_what_it_keeps(make: type[Net]) -> None:
     """Whatever that does to the graph."""
     result, _ = compared(make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 import time
@@ -339,3 +340,53 @@ def test_batches_of_every_form(form: Any) -> None:
         assert capture == "eager" or result.capture.whole
         weights.append(module.a.weight.detach())
     torch.testing.assert_close(*weights, rtol=2e-5, atol=1e-6)
+
+
+class KeepsTheLast(Net):
+    """The mean of the last three losses, kept in a deque that holds no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recent: collections.deque[Tensor] = collections.deque(maxlen=3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.recent.append(loss.detach())
+        return loss * (1 + torch.stack(list(self.recent)).mean())
+
+
+class ClampsData(Net):
+    """A critic's weights between two bounds, by assignment."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.b.weight.data = self.b.weight.data.clamp(-0.1, 0.1)
+        return self.loss(batch)
+
+
+class SwapsALayer(Net):
+    """In its sixth step; steps that are tried go that far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(8, 16)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 5:
+            self.a = self.other
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("make", [KeepsTheLast, ClampsData, SwapsALayer])
+def test_what_a_tracer_gets_wrong_is_left_to_torch(make: type[Net]) -> None:
+    """Each was captured before, with other weights."""
+    both(make)
+
+
+def test_layers_are_put_back_after_steps_that_were_tried() -> None:
+    weights = []
+    for capture in ("eager", "auto"):
+        torch.manual_seed(0)
+        module = SwapsALayer()
+        fasttrain.compile_fit(module, capture=capture, **QUIET).fit(batches())
+        weights.append(dict(module.named_parameters()))
+    torch.testing.assert_close(weights[1], weights[0])

@@ -14,7 +14,7 @@ import fasttrain
 ROOT = Path(fasttrain.__file__).parent
 FLOORS = {
     "errors": 0, "retired": 0, "options": 0, "state": 0,
-    "entries": 1, "hook_names": 1, "results": 1, "step_result": 1, "cadence": 1, "reach": 1, "kernels": 1,
+    "entries": 1, "hook_names": 1, "results": 1, "step_result": 1, "cadence": 1, "reach": 1, "code_state": 1, "kernels": 1,
     "forms": 2, "module": 2, "combined": 2, "data": 2, "graphs": 2,
     "callbacks": 3, "loggers": 3, "progress": 3, "checkpoint": 3, "facade": 3, "display": 3,
     "run": 4, "loaders": 4, "schedules": 4, "stopping": 4, "evaluate": 4, "loop": 4, "resume": 4, "setup": 4, "own_loop": 4, "fit": 4,
