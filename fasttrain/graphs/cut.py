@@ -22,6 +22,7 @@ from fasttrain.errors import CaptureError
 from fasttrain.graphs.explain import obstacle_of
 from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.lookups import looked_up
+from fasttrain.graphs.numbers import never_decided
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
 from fasttrain.graphs.tracer import DYNAMO, chance_apart, compiled, optimizers_alone, transformers, unvalidated
@@ -106,7 +107,7 @@ def _ended(graph: torch.fx.GraphModule) -> Obstacle | None:
 
 @contextmanager
 def _around() -> Iterator[None]:
-    with optimizers_alone(), looked_up(numbers=False), chance_apart():
+    with never_decided(), optimizers_alone(), looked_up(numbers=False), chance_apart():
         yield
 
 

@@ -20,6 +20,7 @@ from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.later import CLOCKS, MARK, Kept, held, kept_by
 from fasttrain.graphs.lifted import HostWorkError, Lifted, changed_since, name_of
 from fasttrain.graphs.lookups import looked_up
+from fasttrain.graphs.numbers import never_decided, undecided
 from fasttrain.graphs.products import small_products
 from fasttrain.graphs.program import Raw, StepSpec, gradients_of
 from fasttrain.graphs.recurrent import whole_layers
@@ -113,6 +114,7 @@ class Trace:
         checks = checking() if self._checks else nullcontext()
         follows = self._speculation.following() if self._checks and self._speculation is not None else nullcontext()
         with (
+            never_decided(self._lifted),
             self._lifted.lifting(),
             looked_up(),
             chance_apart(),
@@ -157,6 +159,8 @@ class Trace:
                 "a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
                 "Log a tensor, or keep it in a buffer."
             )
+        if undecided(graph):
+            raise CaptureError("a comparison of a float with itself is computed with: the compiler would decide it")
         if self._recorded:
             _refuse_elsewhere(graph, self._spec.device)
         self.count += 1
