@@ -69,6 +69,7 @@ class Trace:
         self._function, self._dynamic = function, True if dynamic else None
         self._lifted = Lifted(own)
         self._kept: list[Kept] | None = None  # what may be left to the host, in the order to be tried; None: nobody has looked yet
+        self._leaves = False  # has anything but metrics been left to the host?
         self._call = self._compiled()
 
     def __call__(self, *args: Any) -> Raw:
@@ -131,7 +132,7 @@ class Trace:
     def _otherwise(self, said: str) -> bool:
         """After a failure: once more with less left to the host, nothing at last - a metric only where the failure speaks of it."""
         if self._kept is None:
-            self._kept = _fewer_and_fewer(self._lifted.leaked)
+            self._kept, self._leaves = _fewer_and_fewer(self._lifted.leaked), bool(self._lifted.leaked)
         left = self._lifted.kept
         if (
             not self._kept
@@ -149,8 +150,8 @@ class Trace:
 
         entry = Entry(self._lifted)
         entry.inspect(self._own, self._updates)
-        if entry.kept and self._kept is None:
-            self._kept = _fewer_and_fewer(entry.kept)
+        if entry.kept and (self._kept is None or not self._leaves):
+            self._kept, self._leaves = _fewer_and_fewer(entry.kept, metrics=self._lifted.kept.metrics), True
             raise CaptureError("what is kept on the host is lifted now")
         if changed_since(InstructionTranslator.current_tx().output):
             raise CaptureError("a container that the host was given to keep is changed after")
@@ -191,10 +192,11 @@ class Trace:
         return recorded
 
 
-def _fewer_and_fewer(kept: Kept) -> list[Kept]:
+def _fewer_and_fewer(kept: Kept, *, metrics: bool = True) -> list[Kept]:
     """What is left to the host, in the order to be tried: a counter that is asked for keeps no list in the trace."""
     containers = Kept(containers=kept.containers)
-    return list(dict.fromkeys((replace(kept, metrics=True), replace(containers, metrics=True), Kept(metrics=True), containers)))
+    both = (replace(kept, metrics=True), replace(containers, metrics=True), Kept(metrics=True), containers)
+    return list(dict.fromkeys(both if metrics else (kept, containers)))
 
 
 @contextmanager
