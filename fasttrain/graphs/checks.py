@@ -16,7 +16,9 @@ from fasttrain.graphs.tracer import instead
 from fasttrain.results import Obstacle
 
 JUMPS = {code: name.endswith("TRUE") for name, code in dis.opmap.items() if re.match(r"POP_JUMP_.*IF_(TRUE|FALSE)$", name)}
-ON_NUMBERS = (operator.gt, operator.ge, operator.lt, operator.le, operator.eq, operator.ne, operator.add, operator.sub, operator.mul)
+COMPARISONS = (operator.gt, operator.ge, operator.lt, operator.le, operator.eq, operator.ne)
+ON_NUMBERS = (*COMPARISONS, operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.abs, abs)
+LARGEST = 2**31  # of a constant beside a number: what Python makes of larger ones may be no int64
 RAISES, LEAVES = ("RAISE_VARARGS", "RERAISE"), ("RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE")
 
 CHECK = "the check at "
@@ -186,34 +188,49 @@ def on_data(variable: Any, tx: Any) -> Any:
     return variable if shape is not None and shape.numel() == 1 else None
 
 
-def _as_tensor(number: Any, tx: Any, exact: Any = None) -> Any:
-    """A number made of ``.item()`` of tensors and of constants, as a tensor; None for any other.
+def _as_tensor(number: Any, tx: Any, exact: torch.dtype | None = None) -> Any:
+    """A number made of ``.item()`` of tensors, of sizes and of constants, as a tensor; None for any other.
 
     ``exact``: the dtype that all of it is computed in, as Python computes: float64 where a float is among them.
     """
     from torch._dynamo.variables.builder import wrap_fx_proxy
 
-    exact = exact or (torch.float64 if _has_float(number) else None)
+    exact = exact or (torch.float64 if _has_float(number) else torch.int64)
 
-    def call(op: str, target: Any, *args: Any) -> Any:
-        return wrap_fx_proxy(tx, tx.output.create_proxy(op, target, args, {}))
+    def call(op: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrap_fx_proxy(tx, tx.output.create_proxy(op, target, args, kwargs))
 
+    def part(arg: Any) -> Any:
+        if isinstance(arg, int) and abs(arg) > LARGEST:
+            return None
+        tensor = _as_tensor(arg, tx, exact) if isinstance(arg, torch.fx.Node) else arg
+        truth = isinstance(arg, torch.fx.Node) and arg.target in COMPARISONS  # of which Python makes numbers
+        return call("call_method", "to", tensor.as_proxy(), exact) if truth and tensor is not None else tensor
+
+    here = torch.fx.Proxy(number, tx.output.current_tracer)
     if (number.op, number.target) == ("call_method", "item"):
-        tensor = torch.fx.Proxy(number.args[0], tx.output.current_tracer)
-        return call("call_method", "detach", tensor) if exact is None else call("call_method", "to", tensor, exact)
-    if number.op != "call_function" or number.target not in ON_NUMBERS:
-        return None
-    args = [_as_tensor(a, tx, exact) if isinstance(a, torch.fx.Node) else a for a in number.args]
-    if None in args:
-        return None
-    return call("call_function", number.target, *(a.as_proxy() if hasattr(a, "as_proxy") else a for a in args))
+        read = torch.fx.Proxy(number.args[0], tx.output.current_tracer)
+        return call("call_method", "detach", call("call_method", "to", read, exact).as_proxy())
+    if number.target is torch.sym_float:
+        return _as_tensor(number.args[0], tx, exact)
+    args: list[Any] = [part(a) for a in number.args] if number.target in ON_NUMBERS and not _by_zero(number) else [None]
+    if None not in args:
+        return call("call_function", number.target, *(a.as_proxy() if hasattr(a, "as_proxy") else a for a in args))
+    is_int = isinstance(number.meta.get("example_value"), torch.SymInt)
+    return call("call_function", torch.scalar_tensor, here, dtype=exact) if is_int else None
+
+
+def _by_zero(number: Any) -> bool:
+    """Is it a division that may raise?"""
+    return number.target is operator.truediv and (isinstance(number.args[1], torch.fx.Node) or number.args[1] == 0)
 
 
 def _has_float(number: Any) -> bool:
     if not isinstance(number, torch.fx.Node):
         return isinstance(number, float)
     example = number.meta.get("example_value")
-    return (isinstance(example, torch.Tensor) and example.is_floating_point()) or any(map(_has_float, number.args))
+    is_float = isinstance(example, torch.SymFloat) or (isinstance(example, torch.Tensor) and example.is_floating_point())
+    return is_float or any(map(_has_float, number.args))
 
 
 def shape_of(variable: Any) -> torch.Size | None:

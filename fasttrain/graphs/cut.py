@@ -22,6 +22,7 @@ from fasttrain.errors import CaptureError
 from fasttrain.graphs.explain import obstacle_of
 from fasttrain.graphs.frozen import frozen_float
 from fasttrain.graphs.lookups import looked_up
+from fasttrain.graphs.numbers import never_decided
 from fasttrain.graphs.products import product_patches
 from fasttrain.graphs.program import StepSpec
 from fasttrain.graphs.recurrent import layers_apart
@@ -107,7 +108,7 @@ def _ended(graph: torch.fx.GraphModule) -> Obstacle | None:
 
 @contextmanager
 def _around() -> Iterator[None]:
-    with optimizers_alone(), faithful(), looked_up(numbers=False), chance_apart():
+    with never_decided(), optimizers_alone(), faithful(), looked_up(numbers=False), chance_apart():
         yield
 
 

@@ -16,17 +16,21 @@ from torch.overrides import TorchFunctionMode
 
 from fasttrain.graphs.checks import JUMPS, CheckFailed, asserted, handled, on_data, shape_of
 from fasttrain.graphs.explain import place as place_of
+from fasttrain.graphs.numbers import Hints, settled
 from fasttrain.graphs.tracer import instead
 from fasttrain.results import Obstacle
 
 FOLLOWED = "a branch on data."
 READ = frozenset(("__bool__", "item", "equal", "allclose", "is_nonzero"))  # what of torch's answers with a truth
 KEEPING = {code: "TRUE" in name for name, code in dis.opmap.items() if re.match(r"JUMP_IF_(TRUE|FALSE)_OR_POP$", name)}  # Python 3.11
+NUMBERS = frozenset(("item", "__int__", "__float__", "__index__"))  # with a number
+PICKS = frozenset(("__getitem__", "nonzero", "masked_select", "argwhere"))  # with so many rows as the data has it
+NOTED = "what came of "  # before a place where a number was read or rows were picked
 LONGEST = 32  # answers at one place in one step, if they are not all the same: a loop over data is not rolled out further
 WINDOW, MOST = 64, 4  # a place that fails more often than this in a window of steps is no longer followed
 
 Place = str  # where in somebody's code a truth is asked for, from column to column; the same in every process
-Outcomes = dict[Place, list[bool]]  # the answers of one step, in order
+Outcomes = dict[Place, list[Any]]  # the answers of one step, in order; numbers and shapes where it is said so
 
 
 def _place(module: str, code: CodeType, positions: Sequence[int | None]) -> Place:
@@ -35,7 +39,7 @@ def _place(module: str, code: CodeType, positions: Sequence[int | None]) -> Plac
 
 
 class Watch(TorchFunctionMode):
-    """Within: every truth of a tensor that somebody's Python asks for is noted."""
+    """Within: every truth of a tensor that somebody's Python asks for is noted, and every number and size that comes of one."""
 
     def __init__(self, outcomes: Outcomes) -> None:
         super().__init__()
@@ -45,11 +49,21 @@ class Watch(TorchFunctionMode):
         out = func(*args, **kwargs or {})
         if torch.compiler.is_compiling():  # somebody compiles a part by himself
             return out
-        if type(out) is bool and getattr(func, "__name__", "") in READ:
-            frame = sys._getframe(1)
-            positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-            self._outcomes.setdefault(_place(frame.f_globals.get("__name__", ""), frame.f_code, positions), []).append(out)
+        name = getattr(func, "__name__", "")
+        if type(out) is bool and name in READ:
+            self._note("", out)
+        elif type(out) in (int, float) and name in NUMBERS:
+            self._note(NOTED, out)
+        elif name in PICKS and isinstance(out, torch.Tensor):
+            self._note(NOTED, tuple(out.shape))
         return out
+
+    def _note(self, what: str, found: Any) -> None:
+        frame = sys._getframe(2)
+        positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+        notes = self._outcomes.setdefault(what + _place(frame.f_globals.get("__name__", ""), frame.f_code, positions), [])
+        if not what or len(notes) < LONGEST:
+            notes.append(found)
 
 
 class Speculation:
@@ -66,6 +80,8 @@ class Speculation:
         self.fickle: set[Place] = set()
         self._attempt: Any = None  # of Dynamo's at the function: what it meets is counted anew in each
         self._met: dict[Place, int] = {}
+        self._hints = Hints()
+        self._said: dict[str, Place] = {}  # what the compiler asserts of sizes by itself
 
     def __bool__(self) -> bool:
         """Is anything followed?"""
@@ -77,7 +93,8 @@ class Speculation:
             return None
         found = re.search(r"speculated branch (\d+)", str(error))
         # What is none of our assertions comes of the way that was followed: an index out of range, say.
-        places = [list(self._where)[int(found.group(1))]] if found else [p for p in self._where if p not in self._given_up]
+        ours = [list(self._where)[int(found.group(1))]] if found else [p for said, p in self._said.items() if f" {said} " in f" {error} "]
+        places = ours or [p for p in self._where if p not in self._given_up]
         for place in places:
             self._failures[place] = self._failures.get(place, 0) + 1
             self._recent[place] = [*(n for n in self._recent.get(place, ()) if n > call - WINDOW), call]
@@ -138,22 +155,23 @@ class Speculation:
         def call_torch(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
             name = NAMES.get(this.value)
             said = answered(tx, _compared(tx, name, args, kwargs)) if name and self._known(tx, 0) else None
-            return said or torchs(this, tx, args, kwargs)
+            return said or self._learnt(tx, torchs(this, tx, args, kwargs))
 
         def call_builtin(this: Any, tx: Any, args: Any, kwargs: Any) -> Any:
             asks = this.fn is bool and len(args) == 1 and self._known(tx, 0)
-            return (answered(tx, args[0]) if asks else None) or builtins(this, tx, args, kwargs)
+            return (answered(tx, args[0]) if asks else None) or self._learnt(tx, builtins(this, tx, args, kwargs))
 
         def call_method(this: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
             said = None
             if name in READ and self._known(tx, 0):
                 asks = name in ("__bool__", "is_nonzero") or (name == "item" and this.dtype is torch.bool)
                 said = answered(tx, this if asks else _compared(tx, name, [this, *args], kwargs))
-            return said or methods(this, tx, name, args, kwargs)
+            return said or self._learnt(tx, methods(this, tx, name, args, kwargs))
 
         def jump(handler: Callable[..., Any], code: int) -> Callable[..., Any]:
             def follow(tx: Any, inst: Any) -> None:
                 answer = self._followed(tx, tx.stack[-1], *range(4))
+                answer = self._computed(tx, tx.stack[-1]) if answer is None else answer
                 if answer is None:
                     handler(tx, inst)
                     return
@@ -176,11 +194,43 @@ class Speculation:
 
     def _known(self, tx: Any, back: int) -> Place | None:
         """The place of the instruction that is traced (or so many before it), if its answers are known."""
-        at = tx.instruction_pointer - 1 - back
-        if at < 0 or tx.instructions[at].positions is None or _apart(tx):
-            return None
-        place = _place(tx.f_globals.get("__name__", ""), tx.f_code, tx.instructions[at].positions)
+        place = _here(tx, back)
         return place if place in self._outcomes and place not in self._given_up else None
+
+    def _nth(self, tx: Any, place: Place) -> int:
+        """How often has this trace been there before?"""
+        if self._attempt is not tx.output:
+            self._attempt, self._met, self._hints = tx.output, {}, Hints()
+        self._met[place] = self._met.get(place, -1) + 1
+        return self._met[place]
+
+    def _learnt(self, tx: Any, variable: Any) -> Any:
+        """What was just traced; it is remembered what came of it in the first look."""
+        place = NOTED + (_here(tx, 0) or "")
+        if place in self._outcomes and (nth := self._nth(tx, place)) < len(self._outcomes[place]):
+            self._hints.learn(variable, self._outcomes[place][nth])
+        return variable
+
+    def _computed(self, tx: Any, asked: Any) -> bool | None:
+        """The answer to a comparison of numbers, by what they were in the first look, asserted; None where there is none."""
+        from torch._dynamo.variables.tensor import SymNodeVariable
+
+        place, asked = _here(tx, 0), asked.realize() if hasattr(asked, "realize") else asked
+        if place is None or place in self._given_up or not isinstance(asked, SymNodeVariable) or self._attempt is not tx.output:
+            return None
+        if self._nth(tx, "at " + place) > LONGEST:
+            return None
+        try:
+            answer = bool(self._hints.value(asked.as_proxy().node))
+        except (LookupError, ArithmeticError):
+            return None
+        condition = on_data(asked, tx)
+        if condition is None:
+            return None
+        self._asserted(tx, place, condition, answer)
+        if said := settled(asked, answer, tx):
+            self._said[said] = place
+        return answer
 
     def _followed(self, tx: Any, asked: Any, *back: int) -> bool | None:
         """The answer that is followed from here, asserted; None where there is none. ``back``: so many instructions before a jump
@@ -189,14 +239,14 @@ class Speculation:
         condition = None if place is None or asked is None else on_data(asked, tx)
         if place is None or condition is None:
             return None
-        if self._attempt is not tx.output:
-            self._attempt, self._met = tx.output, {}
-        outcomes, nth = self._outcomes[place], self._met.get(place, 0)
+        outcomes, nth = self._outcomes[place], self._nth(tx, place)
         same = len(set(outcomes)) == 1
         if not same and (nth >= len(outcomes) or len(outcomes) > LONGEST):
             return None
-        self._met[place] = nth + 1
-        answer = outcomes[0] if same else outcomes[nth]
+        return self._asserted(tx, place, condition, outcomes[0] if same else outcomes[nth])
+
+    def _asserted(self, tx: Any, place: Place, condition: Any, answer: bool) -> bool:
+        """Follow this answer."""
         if place not in self._where:
             self._where[place] = place_of(_frames(tx)) or f"{tx.f_code.co_filename}:{tx.lineno}"
         message = f"speculated branch {list(self._where).index(place)}"
@@ -206,6 +256,14 @@ class Speculation:
 
 NOT = dis.opmap["UNARY_NOT"]
 NAMES = {torch.equal: "equal", torch.allclose: "allclose", torch.is_nonzero: "__bool__"}
+
+
+def _here(tx: Any, back: int) -> Place | None:
+    """Where the instruction that is traced (or so many before it) stands; None for one of the tracer's own, or apart."""
+    at = (tx.instruction_pointer or 0) - 1 - back  # none once its code has come to an end
+    if at < 0 or tx.instructions[at].positions is None or _apart(tx):
+        return None
+    return _place(tx.f_globals.get("__name__", ""), tx.f_code, tx.instructions[at].positions)
 
 
 def _frames(tx: Any) -> list[tuple[str, int]]:

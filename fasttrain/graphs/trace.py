@@ -21,6 +21,7 @@ from fasttrain.graphs.later import CLOCKS, MARK, Kept, held, kept_by
 from fasttrain.graphs.left import as_left, left_detached, left_in
 from fasttrain.graphs.lifted import HostWorkError, Lifted, changed_since, name_of
 from fasttrain.graphs.lookups import looked_up
+from fasttrain.graphs.numbers import never_decided, undecided
 from fasttrain.graphs.products import product_patches
 from fasttrain.graphs.program import Raw, StepSpec, gradients_of
 from fasttrain.graphs.recurrent import whole_layers
@@ -69,6 +70,7 @@ class Trace:
         self._function, self._dynamic = function, True if dynamic else None
         self._lifted = Lifted(own)
         self._kept: list[Kept] | None = None  # what may be left to the host, in the order to be tried; None: nobody has looked yet
+        self._leaves = False  # has anything but metrics been left to the host?
         self._call = self._compiled()
 
     def __call__(self, *args: Any) -> Raw:
@@ -114,6 +116,7 @@ class Trace:
         checks = checking() if self._checks else nullcontext()
         follows = self._speculation.following() if self._checks and self._speculation is not None else nullcontext()
         with (
+            never_decided(self._lifted),
             self._lifted.lifting(),
             looked_up(),
             chance_apart(),
@@ -132,7 +135,7 @@ class Trace:
     def _otherwise(self, said: str) -> bool:
         """After a failure: once more with less left to the host, nothing at last - a metric only where the failure speaks of it."""
         if self._kept is None:
-            self._kept = _fewer_and_fewer(self._lifted.leaked)
+            self._kept, self._leaves = _fewer_and_fewer(self._lifted.leaked), bool(self._lifted.leaked)
         left = self._lifted.kept
         if (
             not self._kept
@@ -150,8 +153,8 @@ class Trace:
 
         entry = Entry(self._lifted)
         entry.inspect(self._own, self._updates)
-        if entry.kept and self._kept is None:
-            self._kept = _fewer_and_fewer(entry.kept)
+        if entry.kept and (self._kept is None or not self._leaves):
+            self._kept, self._leaves = _fewer_and_fewer(entry.kept, metrics=self._lifted.kept.metrics), True
             raise CaptureError("what is kept on the host is lifted now")
         if changed_since(InstructionTranslator.current_tx().output):
             raise CaptureError("a container that the host was given to keep is changed after")
@@ -160,6 +163,8 @@ class Trace:
                 "a number computed from a Python float that changes is logged or kept by the step: the compiler would freeze it. "
                 "Log a tensor, or keep it in a buffer."
             )
+        if undecided(graph):
+            raise CaptureError("a comparison of a float with itself is computed with: the compiler would decide it")
         if self._recorded:
             _refuse_elsewhere(graph, self._spec.device)
         self.count += 1
@@ -189,10 +194,11 @@ class Trace:
         return recorded
 
 
-def _fewer_and_fewer(kept: Kept) -> list[Kept]:
+def _fewer_and_fewer(kept: Kept, *, metrics: bool = True) -> list[Kept]:
     """What is left to the host, in the order to be tried: a counter that is asked for keeps no list in the trace."""
     containers = Kept(containers=kept.containers)
-    return list(dict.fromkeys((replace(kept, metrics=True), replace(containers, metrics=True), Kept(metrics=True), containers)))
+    both = (replace(kept, metrics=True), replace(containers, metrics=True), Kept(metrics=True), containers)
+    return list(dict.fromkeys(both if metrics else (kept, containers)))
 
 
 @contextmanager

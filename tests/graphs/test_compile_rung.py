@@ -192,7 +192,7 @@ def test_what_cannot_be_captured_whole_is_cut() -> None:
     class Branches(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
-            if loss.item() > 100:
+            if round(loss.item(), 6) > 100:  # nobody follows it
                 loss = loss * 0.5
             return loss
 

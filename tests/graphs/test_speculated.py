@@ -160,7 +160,26 @@ class Shared(Net):
         return h
 
 
-KINDS = [Net, NoGrad, Item, Compared, Kept, Returns, Caught, Super, Loop, Shared]
+class Number(Net):
+    """A float, an int, both, and neither of them a constant."""
+
+    def bend(self, h: Tensor, x: Tensor) -> Tensor:
+        many, top = (x > 3).sum().item(), x.max().item()
+        small = many * 0.5 < 0.3 and float(many) / 2 < top
+        return h if small and not many and top != 4 else h * 0.5
+
+
+class Counted(Net):
+    """How many rows a mask has picked; what follows depends on it."""
+
+    def bend(self, h: Tensor, x: Tensor) -> Tensor:
+        rows, large = h[x[:, 0] < 3], x[x > 3]
+        if len(rows) >= 16 and large.numel() == 0:
+            h = h + 0.1 * rows[:16].mean(0)
+        return h if rows.shape[0] >= 16 else h * 0.5
+
+
+KINDS = [Net, NoGrad, Item, Compared, Kept, Returns, Caught, Super, Loop, Shared, Number, Counted]
 
 
 @pytest.mark.filterwarnings("ignore:large")
