@@ -18,6 +18,7 @@ from fasttrain.graphs.explain import gradient_hooks
 from fasttrain.graphs.generator import GeneratorStep
 from fasttrain.graphs.maker import StepMaker, tried
 from fasttrain.graphs.manual import ManualStep
+from fasttrain.graphs.packed import looking
 from fasttrain.graphs.program import REFUSED, check_loss, forward, keys_and_values
 from fasttrain.graphs.speculated import Watch
 from fasttrain.graphs.splits import splitter
@@ -44,7 +45,7 @@ def look(maker: StepMaker, batch: Any) -> None:
 
 
 def _forward(maker: StepMaker, batch: Any, i: int) -> Any:
-    with Watch(maker.outcomes.setdefault(i, {})):
+    with looking(), Watch(maker.outcomes.setdefault(i, {})):
         output, items = forward(maker.trainable, maker.spec, "train", batch, 0, i)
     keys_and_values(items)
     if output is not None:

@@ -52,7 +52,7 @@ def _run(
         first = state if cell == "lstm" else state[0]
         how = (flat, bias, layers, dropout, training, bidirectional)
         layer = getattr(torch._C._VariableFunctions, cell)
-        results = layer(given[0], first, *how, False) if batch_sizes is None else layer(given[0], batch_sizes, first, *how)
+        results = layer(given[0], first, *how, False) if batch_sizes is None else layer(given[0], _own(batch_sizes), first, *how)
     tape = _Tape()
     tape.number, tape.results, tape.leaves = next(_NUMBERS), results, [t for t in given if t.requires_grad]
     _TAPES[tape.number] = tape

@@ -22,6 +22,7 @@ from fasttrain.graphs.left import as_left, left_detached, left_in
 from fasttrain.graphs.lifted import HostWorkError, Lifted, changed_since, name_of
 from fasttrain.graphs.lookups import looked_up
 from fasttrain.graphs.numbers import never_decided, undecided
+from fasttrain.graphs.packed import packing, whole_packing
 from fasttrain.graphs.products import product_patches
 from fasttrain.graphs.program import Raw, StepSpec, gradients_of
 from fasttrain.graphs.recurrent import whole_layers
@@ -127,6 +128,7 @@ class Trace:
             passing(),
             left_detached(gradients_of.__code__),
             stood_in(),
+            packing(),
             follows,
             checks,
         ):
@@ -204,7 +206,7 @@ def _fewer_and_fewer(kept: Kept, *, metrics: bool = True) -> list[Kept]:
 @contextmanager
 def stood_in() -> Iterator[None]:
     """Within: what stands in for functions of torch's is there, for a trace or for the guards it left."""
-    with whole_layers(), transformers():
+    with whole_layers(), whole_packing(), transformers():
         yield
 
 
