@@ -86,7 +86,7 @@ class Trace:
         except CheckFailed:
             raise
         except Exception as error:
-            if not self._otherwise(str(error)):
+            if _by_the_compiler(error) or not self._otherwise(str(error)):
                 raise
             return self(*args)
         work = [i for i in raw.items if type(i[0]) is int]
@@ -299,6 +299,13 @@ def _place(variable: Any) -> str:
 
 def _is_new(variable: Any) -> bool:
     return "New" in type(variable.mutation_type).__name__
+
+
+def _by_the_compiler(error: Exception) -> bool:
+    """Did what was traced fail to compile? It would fail again, after as long a time."""
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, InductorError)
 
 
 def _never(*args: Any) -> Any:

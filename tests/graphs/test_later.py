@@ -328,3 +328,24 @@ def test_clocks() -> None:
     assert all(20e-6 < t < 60 for t in module.times)
     assert time.time() - 60 < module.total < time.time()
     assert 0 < result.metrics["since"] < 10
+
+
+class Keeps(Net):
+    def tell(self, loss: Tensor) -> None:
+        self.n += 1
+        self.history.append(loss.detach())
+
+
+def test_what_does_not_compile_is_not_compiled_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that the compiler cannot take is no better with less left to the host; each attempt may be minutes."""
+    from torch._inductor import graph
+
+    whole: list[bool] = []
+
+    def lower(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole.append(torch._dynamo.config.trace_autograd_ops)  # in pieces it is off
+        raise NotImplementedError("a view")
+
+    monkeypatch.setattr(graph.GraphLowering, "run", lower)
+    fit(Keeps, "compile")
+    assert sum(whole) == 1  # then in pieces
