@@ -7,6 +7,7 @@ the captured step is taken.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import os
 import signal
@@ -15,13 +16,15 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from fasttrain.options import Options
 
-LONGEST_S = 600.0  # to be waited for: what takes longer, or hangs, is compiled here and now
+LONGEST_S = 600.0  # to be waited for: what takes longer is compiled here and now
+IDLE_S = 10.0  # without computing: it waits for a lock that a thread of the parent's had
 SHARE = 8  # of the machine's memory, the part that weights may take: the process may write all of its copies
 _SETPARENTDEATH = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -55,8 +58,11 @@ class Ahead:
 
     def wait(self, say: Callable[[str], None]) -> None:
         """Until it has ended, however it did."""
-        began, told = time.monotonic(), False
-        while self._pid and time.monotonic() - began < LONGEST_S:
+        began = seen = time.monotonic()
+        told, did = False, _work_of(self._pid)
+        while self._pid and (now := time.monotonic()) - seen < IDLE_S and now - began < LONGEST_S:
+            if (does := _work_of(self._pid)) != did:
+                seen, did = now, does
             try:
                 ended = os.waitpid(self._pid, os.WNOHANG)[0]
             except ChildProcessError:  # somebody has said that nobody waits for children
@@ -64,7 +70,7 @@ class Ahead:
             if ended:
                 self._pid = 0
                 break
-            if not told and time.monotonic() - began > 0.5:
+            if not told and now - began > 0.5:
                 told = True
                 say(f"batch {self.at}: waiting for the step that is compiled beside the run ...")
             time.sleep(0.02)
@@ -77,6 +83,16 @@ class Ahead:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+
+
+def _work_of(pid: int) -> str:
+    """The time that a process has computed, and its children's, as far as they have ended; another text while one runs."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        running = [p for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
+    except OSError:
+        return ""
+    return " ".join(fields[11:15]) + (f" {time.monotonic()}" if running else "")
 
 
 def _lives(pid: int) -> bool:
@@ -98,7 +114,7 @@ def _be_the_child(work: Callable[[], object]) -> None:
 
         settings.compile_threads = 1  # a pool of the parent's has no threads here
         # Nor has OpenMP's; a thread that has not met OpenMP gets a pool of its own.
-        thread = threading.Thread(target=work)
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,))  # where torch keeps its settings
         thread.start()
         thread.join()
     finally:

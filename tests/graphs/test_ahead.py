@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import fasttrain
-from fasttrain.graphs import auto, decisions
+from fasttrain.graphs import ahead, auto, decisions
 from tests.graphs.test_compile_rung import QUIET, Net, batches
 
 FIRST = 30  # eager steps
@@ -154,6 +155,39 @@ def test_children_that_nobody_waits_for(soon: Path, tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert watch.rungs.index("compile") == FIRST
+
+
+@needs_fork
+def test_a_process_that_hangs_is_not_waited_for(soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that some thread held at the fork is never given back there."""
+    before, me, real = _children(), os.getpid(), auto.traced
+    monkeypatch.setattr(ahead, "IDLE_S", 0.5)
+    monkeypatch.setattr(auto, "traced", lambda *args, **named: real(*args, **named) if os.getpid() == me else threading.Event().wait())
+    watch = Watch()
+    run(watch, tmp_path)
+    assert watch.rungs.index("compile") == FIRST
+    assert _children() <= before
+
+
+@needs_fork
+def test_a_pool_of_the_parents_is_not_waited_for(soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has compiled before has the compiler's threads; what it forks has not. Settings go with it."""
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+    with config.patch({"compile_threads": 2}):
+        AsyncCompile.pool().submit(int).result()
+        told, real, me = tmp_path / "told", auto.traced, os.getpid()
+
+        def traced(*args: Any, **named: Any) -> Any:
+            if os.getpid() != me:
+                told.write_text(f"{get_compile_threads()} {config.cpp.threads}")
+            return real(*args, **named)
+
+        monkeypatch.setattr(auto, "traced", traced)
+        with config.patch({"cpp.threads": 7}):
+            run(Watch(stop=FIRST + 1), tmp_path)
+    assert told.read_text() == "1 7"
 
 
 def test_where_no_process_can_be_had_it_is_compiled_at_that_batch(soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
