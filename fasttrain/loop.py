@@ -198,7 +198,9 @@ def _capture(run: Run, batch: Any) -> Step:
     run.maker.optimizers = list(run.facade.optimizers)  # a hook may have put others there
     if run.step is None:
         dry_look(run.maker, batch)
-    step, run.report = capture_step(run.maker, batch, _remaining_batches(run), may_wait=True)
+    step, run.report = capture_step(
+        run.maker, batch, _remaining_batches(run), may_wait=True, mid_window=run.facade.progress.window_open > 0
+    )
     run.step, step.epoch = step, run.facade.progress.epoch
     run.facade.capture = run.report
     spent = time.perf_counter() - started

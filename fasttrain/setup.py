@@ -202,7 +202,7 @@ def make_maker(run: Run) -> StepMaker:
         say=run.display.line, frequencies=parsed.frequencies, schedulers=schedulers, verbs=run.verbs,
         device=device, staging=None if device is None else Staging(device, run.spec.device),
         launches=None if device is None or options.steps_per_launch == 1 else Launches(options.steps_per_launch),
-        seen=lambda: facade.progress.batches_seen, workers=run.train.workers if run.train else 0,
+        seen=lambda: facade.progress.batches_seen, stopped=lambda: run.interrupted, workers=run.train.workers if run.train else 0,
     )  # fmt: skip
     if trainable.form == "manual":
         run.verbs.acts = maker.manual()  # hooks before the first batch may use them

@@ -42,39 +42,47 @@ def can_compile_ahead(module: nn.Module, options: Options, device: torch.device)
 
 
 class Ahead:
-    """``work`` in a forked process; ``at``: the batch of the fit that waits for it; ``threads``: what torch is to have again then."""
+    """``work`` in a forked process; ``at``: the batch of the fit that waits for it; ``threads``: what torch is to have again then.
 
-    def __init__(self, at: int, threads: int, work: Callable[[], object]) -> None:
-        self.at, self.threads = at, threads
+    ``work`` None: there is no process, and the batch is the same.
+    """
+
+    def __init__(self, at: int, threads: int, work: Callable[[], object] | None) -> None:
+        self.at, self.threads, self._pid = at, threads, 0
+        if work is None:
+            return
         with warnings.catch_warnings():  # Python 3.12: of the threads that a fork leaves behind
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
                 self._pid = os.fork()
             except OSError:  # no memory or no process to be had: at that batch it is compiled here
-                self._pid = 0
                 return
         if self._pid == 0:
             _be_the_child(work)
 
-    def wait(self, say: Callable[[str], None]) -> None:
-        """Until it has ended, however it did."""
+    def wait(self, say: Callable[[str], None], stopped: Callable[[], bool]) -> bool:
+        """Until it has ended, however it did; False when somebody stops the run meanwhile."""
         began = seen = time.monotonic()
         told, did = False, _work_of(self._pid)
-        while self._pid and (now := time.monotonic()) - seen < IDLE_S and now - began < LONGEST_S:
-            if (does := _work_of(self._pid)) != did:
-                seen, did = now, does
-            try:
-                ended = os.waitpid(self._pid, os.WNOHANG)[0]
-            except ChildProcessError:  # somebody has said that nobody waits for children
-                ended = not _lives(self._pid)
-            if ended:
-                self._pid = 0
-                break
-            if not told and now - began > 0.5:
-                told = True
-                say(f"batch {self.at}: waiting for the step that is compiled beside the run ...")
-            time.sleep(0.02)
-        self.close()
+        try:
+            while self._pid and not stopped() and (now := time.monotonic()) - seen < IDLE_S and now - began < LONGEST_S:
+                if (does := _work_of(self._pid)) != did:
+                    seen, did = now, does
+                if self._has_ended():
+                    self._pid = 0
+                elif not told and now - began > 0.5:
+                    told = True
+                    say(f"batch {self.at}: waiting for the step that is compiled beside the run ...")
+                time.sleep(0.02 if self._pid else 0.0)
+        finally:
+            self.close()
+        return not stopped()
+
+    def _has_ended(self) -> bool:
+        try:
+            return bool(os.waitpid(self._pid, os.WNOHANG)[0])
+        except ChildProcessError:  # somebody has said that nobody waits for children
+            return not _lives(self._pid)
 
     def close(self) -> None:
         """It is not wanted any more. A compiler that it has called is left to end by itself, so that no half library stays in the cache."""
@@ -106,6 +114,9 @@ def _lives(pid: int) -> bool:
 def _be_the_child(work: Callable[[], object]) -> None:
     try:
         os.setpgid(0, 0)  # ctrl-C is for the run to hear
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:  # the run's own are not to be called here
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(_SETPARENTDEATH, signal.SIGKILL)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):

@@ -29,21 +29,26 @@ def built_as(decided: dict[str, Any]) -> Build | None:
     return Build(**decided["build"]) if decided["build"] is not None else None
 
 
-def choose(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float, may_wait: bool) -> tuple[Step, CaptureReport]:
+def choose(
+    maker: StepMaker, report: CaptureReport, batch: Any, remaining: float, may_wait: bool, mid_window: bool
+) -> tuple[Step, CaptureReport]:
     """What a checkpoint or this machine has decided before, else by measuring.
 
-    ``may_wait``: it may be the eager step for now, with ``maker.ahead`` saying from which batch on this is asked again.
+    ``may_wait``: it may be the eager step for now, with ``maker.ahead`` saying from which batch on this is asked again;
+    a window that is open is ended by the step that opened it.
     """
     graph = maker.device is not None
     if maker.options.deterministic:
         return traced(maker, report, batch, "deterministic: nothing is measured", graph=graph)
-    until = None if maker.decided is None else maker.decided.get("from")
+    until: Any = None if maker.decided is None else maker.decided.get("from")
     if maker.decided is not None and until is None:
         build = built_as(maker.decided)
         if build is None:
             return eager(maker, report, "as in the checkpoint")
         return traced(maker, report, batch, "as in the checkpoint", build, graph=graph)
-    maker.decided = None
+    if maker.decided is not None:
+        maker.decided, may_wait = None, may_wait and (until > maker.seen() or mid_window)
+        torch.set_num_threads(maker.threads)
     key = decisions.key_for(maker.trainable.module, maker.optimizers, batch, maker.options, maker.trainable.beside())
     known = decisions.recall(key)
     if known is None:
@@ -56,7 +61,7 @@ def choose(maker: StepMaker, report: CaptureReport, batch: Any, remaining: float
     report.timings_us = {"eager": known["eager_us"]}
     if maker.options.max_seconds is not None:
         remaining = min(remaining, maker.options.max_seconds / known["eager_us"] * 1e6)
-    if may_wait and (until is not None or _may_begin(maker, known, remaining)):
+    if may_wait and (until is not None or _waits(maker, known, remaining)):
         return _begin(maker, report, batch, key, known, remaining, until)
     left_s = remaining * known["eager_us"] * 1e-6
     if "captured_us" not in known:
@@ -76,30 +81,31 @@ def _cost(maker: StepMaker) -> float:
     return (8.0 + 0.08 * len(maker.parameters())) * (len(maker.optimizers) if maker.trainable.form == "indexed" else 1)
 
 
-def _may_begin(maker: StepMaker, known: dict[str, Any], remaining: float) -> bool:
-    """Is the run long enough to begin with eager steps while it is compiled, and may it?"""
-    quicker = known.get("captured_us", 0.0) < known["eager_us"]
-    given = maker.trainable.module, maker.options, maker.spec.device
-    return quicker and remaining > LONG * known["steps_to_compile"] and can_compile_ahead(*given)
+def _waits(maker: StepMaker, known: dict[str, Any], remaining: float) -> bool:
+    """Is the run long enough to begin with eager steps while it is compiled, and may it? One that did begins so again."""
+    long = remaining > LONG * known["steps_to_compile"]
+    undecided = known.get("captured_us", 0.0) < known["eager_us"]
+    return long and (undecided or "begun" in known) and can_compile_ahead(maker.trainable.module, maker.options, maker.spec.device)
 
 
 def _begin(
     maker: StepMaker, report: CaptureReport, batch: Any, key: str, known: dict[str, Any], remaining: float, until: int | None
 ) -> tuple[Step, CaptureReport]:
     """Eager steps for now, as many as would take the time that compiling is expected to take; it is compiled beside them."""
-    if "build" not in known:
-        known = {"build": vars(_build(maker, known, remaining))} | known
-        decisions.remember(key, known)
+    known = {"build": vars(_build(maker, known, remaining)), "begun": True, **known}
+    decisions.remember(key, known)
     batch, build = copied(batch), Build(**known["build"])
 
     def work() -> None:
         maker.say = lambda line: None
         traced(maker, CaptureReport(), batch, "", build)
 
-    threads, at = torch.get_num_threads(), maker.seen() + known["steps_to_compile"] if until is None else until
-    maker.ahead = Ahead(at, threads, work)
+    at = maker.seen() + known["steps_to_compile"] if until is None else until
+    given = maker.trainable.module, maker.options, maker.spec.device
+    wanted = known.get("captured_us", 0.0) < known["eager_us"] and can_compile_ahead(*given)
+    maker.ahead, threads = Ahead(at, torch.get_num_threads(), work if wanted else None), torch.get_num_threads()
     torch.set_num_threads(max(1, min(known["eager_threads"], threads - 1)))
-    return eager(maker, report, f"it is compiled beside the first steps; from batch {at} of the run on it is captured")
+    return eager(maker, report, f"it is compiled beside the first steps; from batch {at} of the run on the quicker one is taken")
 
 
 def _build(maker: StepMaker, known: dict[str, Any], remaining: float) -> Build:

@@ -28,7 +28,7 @@ from fasttrain.results import CaptureReport, Obstacle
 def as_decided(maker: StepMaker, decided: dict[str, Any] | None) -> None:
     """A resumed run computes with the threads, and later takes the rung, that the saved one had chosen."""
     maker.decided = decided
-    if decided is not None and decided.get("from") is None:
+    if decided is not None:
         torch.set_num_threads(decided["threads"])
 
 
@@ -53,7 +53,9 @@ def dry_look(maker: StepMaker, batch: Any) -> None:
         before.restore()
 
 
-def capture_step(maker: StepMaker, batch: Any, remaining_steps: float, *, may_wait: bool = False) -> tuple[Step, CaptureReport]:
+def capture_step(
+    maker: StepMaker, batch: Any, remaining_steps: float, *, may_wait: bool = False, mid_window: bool = False
+) -> tuple[Step, CaptureReport]:
     """The highest rung that works and pays, with the report that says which and why.
 
     ``may_wait``: it may be the eager one for now, with ``maker.ahead`` saying from which batch on it is to be asked again.
@@ -61,9 +63,11 @@ def capture_step(maker: StepMaker, batch: Any, remaining_steps: float, *, may_wa
     """
     ahead, maker.ahead = maker.ahead, None
     if ahead is not None:
+        if not ahead.wait(maker.say, maker.stopped):  # the last batch of this run; a resumed one captures the next
+            maker.ahead = ahead
+            return eager(maker, CaptureReport(), "the run was ended while it waited for the compiler")
         torch.set_num_threads(ahead.threads)
-        ahead.wait(maker.say)
-    step, report = _choose(maker, batch, remaining_steps, may_wait and ahead is None)
+    step, report = _choose(maker, batch, remaining_steps, may_wait and ahead is None, mid_window)
     if not maker.options.verify and maker.decided is None and not report.timings_us and (wrong := other_gradients(maker, step, batch)):
         refuse(maker, report, wrong)
         step, report = eager(maker, report, wrong)
@@ -74,7 +78,7 @@ def capture_step(maker: StepMaker, batch: Any, remaining_steps: float, *, may_wa
     return step, report
 
 
-def _choose(maker: StepMaker, batch: Any, remaining_steps: float, may_wait: bool) -> tuple[Step, CaptureReport]:
+def _choose(maker: StepMaker, batch: Any, remaining_steps: float, may_wait: bool, mid_window: bool) -> tuple[Step, CaptureReport]:
     wanted, device = maker.options.capture, maker.spec.device.type
     report = CaptureReport(tail=_tail_name(maker), threads=torch.get_num_threads())
     report.obstacles = obstacles_of(maker)
@@ -88,7 +92,7 @@ def _choose(maker: StepMaker, batch: Any, remaining_steps: float, may_wait: bool
         return eager(maker, report, str(report.obstacles[0]))
     if wanted != "auto":
         return traced(maker, report, batch, "asked for", graph=wanted == "graph")
-    return auto.choose(maker, report, batch, remaining_steps, may_wait)
+    return auto.choose(maker, report, batch, remaining_steps, may_wait, mid_window)
 
 
 def obstacles_of(maker: StepMaker) -> list[Obstacle]:

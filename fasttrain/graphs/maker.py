@@ -63,6 +63,8 @@ class StepMaker:
     code: CodeState | None = None  # what the step's code keeps outside of its objects
     decided: dict[str, Any] | None = None  # what ``auto`` chose in the run that is being resumed
     ahead: Ahead | None = None  # who compiles beside the steps
+    stopped: Callable[[], bool] = lambda: False  # does somebody want the run to end?
+    threads: int = field(default_factory=torch.get_num_threads)  # torch's, before anything was decided
 
     def eager(self) -> Step:
         """The truth: every form in plain torch."""

@@ -77,7 +77,7 @@ def rewrite(graph: torch.fx.Graph, loops: bool = True, onednn: bool = False) -> 
             if loops and _is_small(sizes, a.meta["val"], b.meta["val"]):
                 left, right = _call(graph, aten.unsqueeze.default, a, 2), _call(graph, aten.unsqueeze.default, b, 0)
                 out = _call(graph, aten.sum.dim_IntList, _call(graph, aten.mul.Tensor, left, right), [1])
-            elif onednn and sizes[0] * sizes[1] * sizes[2] >= LARGE:
+            elif onednn and sizes[0] * sizes[1] * sizes[2] >= LARGE and _is_laid_out(b.meta["val"]):
                 row = bias and tuple(bias[0].meta["val"].shape) == (sizes[1],) and bias[0].meta["val"].dtype is torch.float32
                 out = _call(graph, _operation(), a, _call(graph, aten.permute.default, b, [1, 0]), bias.pop() if row else None)
             else:
@@ -103,6 +103,12 @@ def _is_small(sizes: tuple[int, int, int], a: Tensor, b: Tensor) -> bool:
     if a.stride(1) == 1 and b.stride(0) == 1:  # both are read along the sum
         return tiny or (n <= NARROW and k >= 32)
     return b.stride(1) == 1 and (tiny or k <= NARROW or (k <= 64 and min(m, n) <= NARROW))
+
+
+def _is_laid_out(b: Tensor) -> bool:
+    """Row by row or column by column, or one row (or column) for all: oneDNN has no name for rows that overlap."""
+    inner, outer = (1, 0) if b.stride(1) == 1 else (0, 1)
+    return b.stride(inner) == 1 and (b.stride(outer) == 0 or b.stride(outer) >= b.shape[inner])
 
 
 def _call(graph: torch.fx.Graph, target: Any, *args: Any) -> torch.fx.Node:

@@ -201,21 +201,96 @@ def test_where_no_process_can_be_had_it_is_compiled_at_that_batch(soon: Path, tm
 
 
 @needs_fork
-def test_a_resumed_run_is_captured_at_the_same_batch(soon: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("saved_at", "window"), [(20, 1), (FIRST, 1), (31, 4)], ids=["before", "at it", "in an open window"])
+def test_a_resumed_run_is_captured_at_the_same_batch(soon: Path, tmp_path: Path, saved_at: int, window: int) -> None:
     """Saved while it was compiled beside: the rest is the same run, to the last bit."""
-    _, whole = run(Watch(), tmp_path / "whole")
+    watched = Watch()
+    _, whole = run(watched, tmp_path / "whole", accumulate_grad_batches=window)
 
-    def saver() -> fasttrain.Callback:
-        return fasttrain.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=20, save_top_k=-1)
+    class Saves(Watch):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            super().on_train_batch_end(trainer, *args)
+            if len(self.rungs) == saved_at:
+                trainer.save_checkpoint(tmp_path / "saved")
+                trainer.should_stop = True
 
-    run(Watch(), tmp_path / "a", callbacks=[Watch(stop=20), saver()], enable_checkpointing=True)
-    [saved] = (tmp_path / "saved").iterdir()
+    run(Saves(), tmp_path / "a", accumulate_grad_batches=window)
     watch = Watch()
-    named = {"callbacks": [watch, saver()], "enable_checkpointing": True, "ckpt_path": saved}
-    _, resumed = run(watch, tmp_path / "b", **named)
-    assert watch.rungs == ["eager"] * (FIRST - 20) + ["compile"] * (240 - FIRST)
+    _, resumed = run(watch, tmp_path / "b", ckpt_path=tmp_path / "saved", accumulate_grad_batches=window)
+    assert watch.rungs == watched.rungs[saved_at:]
+    assert watch.threads == watched.threads[saved_at:]
     for x, y in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+@needs_fork
+def test_a_run_in_which_the_eager_step_wins_begins_so_again(
+    soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the threads that it had beside the compiler, for they are in the bits; there is nothing to be compiled any more."""
+    monkeypatch.setattr(auto, "_time", lambda maker, step, *args: 1e-3 if step.rung == "eager" else 2e-3)
+    monkeypatch.setattr(auto, "_time_eager", lambda maker, batch: (1e-3, torch.get_num_threads()))
+    before, first, second = _children(), Watch(), Watch()
+    run(first, tmp_path)
+    assert first.children - before
+    run(second, tmp_path)
+    assert set(first.rungs) == {"eager"}
+    assert second.threads == first.threads
+    assert second.children <= before
+
+
+@needs_fork
+def test_a_run_that_is_ended_while_it_waits(soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ctrl-C is heard: the batch at hand is the last one, and no process is left."""
+    before, me, real = _children(), os.getpid(), auto.traced
+    monkeypatch.setattr(auto, "traced", lambda *args, **named: real(*args, **named) if os.getpid() == me else _busy())
+    timer = threading.Timer(2.0, os.kill, (me, signal.SIGINT))
+    timer.start()
+    watch = Watch()
+    with pytest.raises(KeyboardInterrupt):
+        run(watch, tmp_path)
+    timer.join()
+    assert watch.rungs == ["eager"] * (FIRST + 1)
+    assert _children() <= before
+
+
+def _busy() -> None:
+    while True:
+        pass
+
+
+@needs_fork
+def test_handlers_of_the_runs_are_not_called_beside_it(soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that tells every process of a job to end means one."""
+    told, me, real = tmp_path / "told", os.getpid(), auto.traced
+
+    def handler(*_: Any) -> None:
+        told.write_text(told.read_text() + "x" if told.exists() else "x")
+
+    def traced(*args: Any, **named: Any) -> Any:
+        if os.getpid() != me:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **named)
+
+    monkeypatch.setattr(auto, "traced", traced)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        run(Watch(stop=FIRST + 1), tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not told.exists()
+
+
+@needs_fork
+def test_a_checkpoint_from_such_a_run_does_not_fork_where_it_must_not(
+    soon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Watch(stop=20)
+    run(saver, tmp_path, enable_checkpointing=True)
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    watch = Watch()
+    run(watch, tmp_path, ckpt_path="last", enable_checkpointing=True, verify=2)
+    assert watch.rungs == ["eager"] * (FIRST - 20) + ["compile"] * (240 - FIRST)
 
 
 @needs_fork

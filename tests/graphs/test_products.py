@@ -122,6 +122,13 @@ def test_a_large_product_by_onednn_has_the_same_value(function, shapes, cpp_wrap
     assert ("cpp_fused" in code) is own, "a transposed left side is laid out, and a whole matrix added, in a kernel; nothing else is"
 
 
+def test_rows_that_overlap_are_left_to_the_library():
+    graph, _ = traced(lambda w, s: w @ s.unfold(0, 128, 1), (256, 256), (383,))
+    assert rewrite(graph.graph, onednn=True) == 0
+    graph, _ = traced(lambda w, s: w @ s.expand(256, 128), (256, 256), (128,))
+    assert rewrite(graph.graph, onednn=True) == 1
+
+
 def test_the_rule_is_the_processors(monkeypatch):
     """Not a measurement: it decides which bits a run computes."""
     from fasttrain.graphs import products
