@@ -35,6 +35,7 @@ CONTAINERS = frozenset(
     f"{kind}Variable" for kind in ("List", "ConstDict", "DefaultDict", "UserDefinedDict", "OrderedDict", "Counter", "Set", "Deque")
 )
 ASKS = tuple(n for n in dis.opmap if n.startswith(("POP_JUMP_", "JUMP_IF_", "TO_BOOL", "GET_ITER", "UNPACK_")))
+MODULES = nn.Module.__setattr__.__code__.co_filename  # torch's own attributes of modules, by way of their dict
 PLAIN_STORES: tuple[Any, ...] = (object.__setattr__, nn.Module.__setattr__)
 MARK = "a value of host work"  # before the number of the piece of work whose result is logged
 
@@ -186,7 +187,7 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
 
     def reads(before: Any) -> Any:
         def var_getattr(this: Any, tx: Any, name: str) -> Any:
-            if name == "__dict__" and (place := wanted(getattr(this, "source", None))):
+            if name == "__dict__" and tx.f_code.co_filename != MODULES and (place := wanted(getattr(this, "source", None))):
                 written = tx.output.side_effects.__dict__.get("kept_later", ())
                 if any(place == of for of, _ in (*kept.attributes, *written)):
                     raise Unsupported("the __dict__ of an object whose attributes only the host knows")
