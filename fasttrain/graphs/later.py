@@ -149,13 +149,8 @@ def kept_later(lifted: Any, kept: Kept, wanted: Callable[[Any], str]) -> Iterato
                 raise Unsupported("a value that only the host knows, put where something else stands between the object and its dict")
             tx.popn(2)
             lifted.attributes.add(key)
-            lifted.found(
-                tx,
-                functools.partial(_write, inst.argval),
-                [placed()(source=on.source), without_gradient(value, tx, inst.argval)],
-                {},
-                kept=True,
-            )
+            given = [placed()(source=on.source), without_gradient(value, tx, inst.argval)]
+            lifted.writes.add(lifted.found(tx, functools.partial(_write, inst.argval), given, {}, kept=True).number)
             tx.output.side_effects.__dict__.setdefault("kept_later", {})[key] = value
 
         return store_attr

@@ -67,6 +67,7 @@ class Lifted:
         self.metrics = False  # has it met a metric object?
         self.leaked = Kept()  # where it put values that only the host knows
         self.attributes: set[tuple[str, str]] = set()  # that hold what only the host knows
+        self.writes: set[int] = set()  # pieces of work that leave something on an object
         self.clocks: set[Callable[[], float]] = set()  # that it reads
         self.started: dict[Callable[[], float], float] = {}  # as they stood when it began
 
@@ -82,13 +83,14 @@ class Lifted:
             self.started[clock] = clock()
 
     def do(self, work: Iterable[Sequence[Any]]) -> dict[int, Any]:
-        """A step's host work in order; what each piece gives. Nothing, in numbers, while a step is only tried."""
+        """A step's host work in order; what each piece gives. While a step is only tried nothing, in numbers, but what it writes on
+        objects: another graph of the next step tried may read that, and it is put back."""
         found: dict[int, Any] = {}
         for number, *given in work:
             values = Values(given)
             values.before = found
             begun = time.perf_counter()
-            found[number] = 0.0 if self._sink.muted else self._calls[number](values)
+            found[number] = 0.0 if self._sink.muted and number not in self.writes else self._calls[number](values)
             if not self._sink.muted:
                 self._least[number] = min(self._least[number], time.perf_counter() - begun)
         return found
