@@ -13,6 +13,14 @@ os.environ["PYTHONSAFEPATH"] = "1"
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A bare ``pytest``, which is the whole suite, runs in two processes: most of it waits for the compiler. ``-n 0`` is one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.usepdb and not config.option.collectonly
+    if whole and getattr(config.option, "numprocesses", 0) is None and (os.cpu_count() or 1) > 1:
+        config.option.numprocesses, config.option.dist, config.option.tx = 2, "load", ["popen", "popen"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what repeats a law at a cost: more modules compiled, more resume points")
 

@@ -103,7 +103,7 @@ def test_a_module_logs_again_without_barebones() -> None:
         {"fast_dev_run": 3},
         {"detect_anomaly": True},
     ],
-    ids=str,
+    ids=lambda option: "-".join(f"{k}={v if isinstance(v, (bool, int)) else type(v).__name__}" for k, v in option.items()),
 )
 def test_barebones_refuses_what_it_leaves_out(option: dict[str, Any]) -> None:
     """As Lightning does; the sentence names the option and barebones."""
