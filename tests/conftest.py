@@ -16,6 +16,8 @@ torch.set_num_threads(1)
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A bare ``pytest``, which is the whole suite, runs in two processes: most of it waits for the compiler. ``-n 0`` is one."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of the two
+        return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.usepdb and not config.option.collectonly
     if whole and getattr(config.option, "numprocesses", 0) is None and (os.cpu_count() or 1) > 1:
         config.option.numprocesses, config.option.dist, config.option.tx = 2, "load", ["popen", "popen"]
