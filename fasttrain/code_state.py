@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.reach import filled, named_in
-from fasttrain.state import COPIED, is_array, is_stream, kept_of, put_back, set_stream_state, stream_state
+from fasttrain.state import COPIED, is_array, is_plain, is_stream, kept_of, put_back, set_stream_state, stream_state
 
 MOST = 2000  # functions and classes looked at
 SMALL = 4096  # elements of a container (of a tensor: 16 times as many) that are kept with what they hold; of a larger one they alone
@@ -24,7 +24,6 @@ THEIRS = sys.stdlib_module_names - {"__main__"} | {
     "torch", "numpy", "pandas", "scipy", "fasttrain", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "torchvision",
     "pytest", "_pytest",
 }  # fmt: skip
-PLAIN = (*COPIED, Tensor, int, float, str, bool, tuple, type(None))
 
 Undo = Callable[[], None]
 
@@ -124,13 +123,9 @@ def _is_stream(value: Any) -> bool:
     return type(value).__module__.startswith(("torch", "random", "numpy.random")) and is_stream(value)
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, PLAIN) or is_array(value)
-
-
 def _items(space: Any, names: set[str], put: Callable[[str, Any], None], drop: Callable[[str], None], *, alone: bool = False) -> Undo:
     """Plain values under these names. ``alone``: nothing but code of the step writes there, so that all that is new goes."""
-    there = {n: (space[n], _small(space[n])) for n in names if n in space and _is_plain(space[n])}
+    there = {n: (space[n], _small(space[n])) for n in names if n in space and is_plain(space[n])}
     absent = names - space.keys()
     before = set(space) if alone else set()
 
@@ -140,14 +135,14 @@ def _items(space: Any, names: set[str], put: Callable[[str, Any], None], drop: C
             if n not in space or space[n] is not value:
                 put(n, value)
         for n in {n for n in space if n not in before and not n.startswith("__")} if alone else absent:
-            if n in space and _is_plain(space[n]):
+            if n in space and is_plain(space[n]):
                 drop(n)
 
     return undo
 
 
 def _cells(function: types.FunctionType, held: dict[str, Any]) -> Undo:
-    kept = {n: (v, _small(v)) for n, v in held.items() if _is_plain(v)}
+    kept = {n: (v, _small(v)) for n, v in held.items() if is_plain(v)}
 
     def undo() -> None:
         for n, (value, inner) in kept.items():

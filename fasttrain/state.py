@@ -90,7 +90,7 @@ class Snapshot:
         own = [o for o in _held(module) if all(o is not known for known in (*(optimizers or ()), *others))]
         optimizers = [*(optimizers or []), *(o for o in own if isinstance(o, torch.optim.Optimizer))]
         holders: list[Any] = [*module.modules(), *helpers_of(module), *optimizers, *others, *(o for o in own if o not in optimizers)]
-        self._attributes = [(m, plain_attributes(m), set(m.__dict__)) for m in holders]
+        self._attributes = [(m, _plain_attributes(m), set(m.__dict__)) for m in holders]
         self._modes = [(m, m.training) for m in module.modules()]
         self._slots = [(o, {p: _copy_slots(s) for p, s in o.state.items()}) for o in optimizers]
         self._groups = [(g, {k: (v, kept_of(v)) for k, v in g.items() if k != "params"}) for o in optimizers for g in o.param_groups]
@@ -230,13 +230,13 @@ MOST_HELD = 256  # no list of optimizers is longer
 _SKIPPED = ("_parameters", "_buffers", "_modules", "_trainer", "trainer", "training", "param_groups", "state")
 
 
-def plain_attributes(module: Any) -> dict[str, Any]:
+def _plain_attributes(module: Any) -> dict[str, Any]:
     """Counters, flags, containers, arrays and loose tensors a step may change, whatever they are nested in."""
     out: dict[str, Any] = {}
     for name, value in module.__dict__.items():
         if name in _SKIPPED or "hooks" in name:
             continue
-        if isinstance(value, (*COPIED, Tensor, int, float, str, bool, tuple, type(None))) or is_array(value):
+        if is_plain(value):
             out[name] = (value, kept_of(value))
         elif _is_iterator(value):
             out[name] = (_Iterator(copy.copy(value)), None)
@@ -252,6 +252,11 @@ class _Iterator(NamedTuple):
 def _is_iterator(value: Any) -> bool:
     """One of Python's own that can be copied where it stands (a generator cannot)."""
     return type(value).__module__ in ("builtins", "itertools") and hasattr(value, "__next__") and not isinstance(value, GeneratorType)
+
+
+def is_plain(value: Any) -> bool:
+    """Is it of a kind that ``kept_of`` and ``put_back`` know: a number, a container, an array or a loose tensor?"""
+    return isinstance(value, (*COPIED, Tensor, int, float, str, bool, tuple, type(None))) or is_array(value)
 
 
 def is_array(value: Any) -> bool:

@@ -103,7 +103,8 @@ def _begin(
     at = maker.seen() + known["steps_to_compile"] if until is None else until
     given = maker.trainable.module, maker.options, maker.spec.device
     wanted = known.get("captured_us", 0.0) < known["eager_us"] and can_compile_ahead(*given)
-    maker.ahead, threads = Ahead(at, torch.get_num_threads(), work if wanted else None), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    maker.ahead = Ahead(at, threads, work if wanted else None)
     torch.set_num_threads(max(1, min(known["eager_threads"], threads - 1)))
     return eager(maker, report, f"it is compiled beside the first steps; from batch {at} of the run on the quicker one is taken")
 
